@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Starts one Python module: on this machine, on many nodes, or under Slurm.
+#   scripts/launch.sh MODULE [ARGUMENTS…]
+# Variables, with defaults for one machine:
+#   NPROC_PER_NODE  processes a node: all its GPUs, or 1 without any
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   the same command on every node; under Slurm they follow from its own
+#   MAX_RESTARTS    how often torchrun restarts dead workers (default 0; the training scripts set 3)
+#   PYTHON          the interpreter: .venv/bin/python of this checkout if there is one, else python3
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=$root/.venv/bin/python
+    [ -x "$PYTHON" ] || PYTHON=python3
+fi
+
+if [ -n "${SLURM_JOB_NODELIST:-}" ] && [ -z "${NNODES:-}" ]; then
+    NNODES=${SLURM_NNODES:-1}
+    NODE_RANK=${SLURM_NODEID:-0}
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+fi
+NNODES=${NNODES:-1}
+if [ -z "${NPROC_PER_NODE:-}" ]; then
+    NPROC_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        NPROC_PER_NODE=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c . || true)
+    fi
+    [ "$NPROC_PER_NODE" -gt 0 ] || NPROC_PER_NODE=1
+fi
+
+restarts=${MAX_RESTARTS:-0}
+if [ "$NNODES" = 1 ] && [ "$NPROC_PER_NODE" = 1 ] && [ "$restarts" = 0 ]; then
+    exec "$PYTHON" -m "$@"
+fi
+# Leave each process its share of the cores, unless told otherwise.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC_PER_NODE - 1) / NPROC_PER_NODE))}
+if [ "$NNODES" = 1 ]; then
+    rendezvous=(--standalone)
+else
+    : "${MASTER_ADDR:?error: NNODES is $NNODES but MASTER_ADDR is not set; give the address of the first node}"
+    host=$([ "${NODE_RANK:-0}" = 0 ] && echo 1 || echo 0)
+    rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-conf="is_host=$host"
+        --rdzv-id="${SLURM_JOB_ID:-npp}" --node-rank="${NODE_RANK:-0}")
+fi
+exec "$PYTHON" -m utils.launch --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --max-restarts="$restarts" \
+    "${rendezvous[@]}" -m "$@"

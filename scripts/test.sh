@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint and the whole test suite; makes its own .venv on first use.
+#   bash scripts/test.sh [PYTEST ARGUMENTS…]        PYTHON=/path/to/python names a prepared interpreter
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+setup_python requirements-dev.txt
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,35 @@
+"""torchrun, except that a mistake of the user ends in its one sentence and status 2 instead of a traceback.
+
+Called by scripts/launch.sh with torchrun's own arguments; torchrun is the engine.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from utils.program import ERROR_MARKER, USER_ERROR_STATUS
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="npp-launch-") as folder:
+        marker = os.environ[ERROR_MARKER] = os.path.join(folder, "user-error")
+        quiet = lambda record: not os.path.exists(marker)  # noqa: E731
+        for name in ("multiprocessing.api", "agent.server.api", "agent.server.local_elastic_agent"):
+            logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(quiet)
+        try:
+            torchrun(sys.argv[1:])
+        except ChildFailedError as error:
+            if os.path.exists(marker):
+                sys.exit(USER_ERROR_STATUS)
+            rank, failure = error.get_first_failure()
+            print(f"error: rank {rank} (process {failure.pid}) ended with status {failure.exitcode}; "
+                  "its own message is above.", file=sys.stderr)  # fmt: skip
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
