@@ -1,0 +1,78 @@
+"""Next Patch Prediction (arXiv 2412.15321): codes to patches, and the loss of one distribution per patch.
+
+The model's input at patch side `s` is the mean of the `s*s` token embeddings of each patch, and its target is the
+same `s*s` codes, so both start from `patch_codes`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Logits held at once by the loss, in elements: large enough for full-speed matrix products.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+
+
+def check_patch_side(grid: tuple[int, int], side: int) -> None:
+    """Raise `ValueError` unless square patches of `side` codes tile the `(height, width)` grid."""
+    height, width = grid
+    if side < 1 or height % side or width % side:
+        raise ValueError(f"patches of {side}x{side} codes do not tile a grid of {height}x{width} codes")
+
+
+def patch_codes(codes: torch.Tensor, grid: tuple[int, int], side: int) -> torch.Tensor:
+    """Group `codes` `(B, H*W)` into patches `(B, H*W/side**2, side**2)`, raster order of patches and inside them."""
+    if side == 1:
+        return codes.unsqueeze(-1)
+    height, width = grid
+    blocks = codes.view(-1, height // side, side, width // side, side)
+    return blocks.transpose(2, 3).reshape(codes.shape[0], -1, side * side)
+
+
+def patch_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean over patches of the mean over their codes `t` of `-log softmax(hidden @ weight.T)[t]`.
+
+    `hidden` `(B, N, D)`, `weight` `(V, D)`, `targets` `(B, N, k)`; returns a float32 scalar. Logits exist only a
+    chunk of rows at a time, and are turned into their gradient where they are made (cf. Liger Kernel,
+    arXiv 2410.10989): memory does not grow with the batch and no product is computed twice.
+    """
+    hidden, targets = hidden.flatten(0, 1), targets.flatten(0, 1)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _PatchLoss.apply(hidden, weight, targets)
+    return _loss_and_gradients(hidden, weight, targets, with_gradients=False)[0]
+
+
+class _PatchLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        loss, d_hidden, d_weight = _loss_and_gradients(hidden, weight, targets, with_gradients=True)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss.to(d_weight.dtype), None
+
+
+def _loss_and_gradients(hidden, weight, targets, with_gradients):
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    chunks = -(-rows * vocab // CHUNK_ELEMENTS.get(hidden.device.type, 2**27))
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_gradients else None
+    d_hidden = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for h, t in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True):
+            log_p = F.log_softmax(h @ weight.T, dim=-1, dtype=torch.float32)  # (rows in the chunk, V)
+            loss -= log_p.gather(1, t).mean(1).sum() / rows
+            if not with_gradients:
+                continue
+            # d loss / d logits = (softmax - 1/k at each of the k targets) / rows
+            d_logits = (log_p.exp_() / rows).to(h.dtype)
+            d_logits.scatter_add_(1, t, d_logits.new_full((1, 1), -1 / (rows * t.shape[1])).expand_as(t))
+            d_hidden.append(d_logits @ weight)
+            d_weight += d_logits.T @ h
+    if not with_gradients:
+        return loss, None, None
+    return loss, torch.cat(d_hidden), d_weight.to(weight.dtype)
