@@ -1,0 +1,278 @@
+"""The code store: the codes and labels of a whole data set behind one reader, packed or in the published layout.
+
+Packed (docs/code-store.md): a few `.npy` shards of shape (images, crops, H·W), `labels.npy`, `images.jsonl` and,
+written last, `meta.json`. Shards are memory-mapped: opening costs the same for a hundred images as for a million.
+Published: `{i}.npy` of shape (1, crops, H·W), int64, in `…_codes/`, and `{i}.npy` of shape (1,) in `…_labels/`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from utils.program import UserError
+
+META_FILE = "meta.json"
+LABELS_FILE = "labels.npy"
+IMAGES_FILE = "images.jsonl"
+PARTIAL_SUFFIX = ".partial"
+PACKED, PUBLISHED = "packed", "published"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What `meta.json` says; None where a published folder without one does not tell."""
+
+    image_size: int
+    grid: tuple[int, int]  # (height, width) in codes
+    crops: int
+    count: int
+    layout: str = PACKED
+    dtype: str = "uint16"
+    crop_range: float | None = None
+    codebook_size: int | None = None
+    num_classes: int | None = None
+    class_names: list[str] | None = None  # in label order
+    tokenizer: dict = field(default_factory=dict)  # name, hash of the weights, weights (ema or raw)
+    shards: list[dict] = field(default_factory=list)  # file, count, sha256
+    files: dict = field(default_factory=dict)  # sha256 of labels.npy and images.jsonl
+    skipped: int = 0  # unreadable images left out
+    settings: dict = field(default_factory=dict)  # how the codes were computed
+    software: dict = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def centre_crop(self) -> int:
+        """Index of the upright centre crop: of the ten it is the fifth, of centre and mirror the first."""
+        return 4 if self.crops == 10 else 0
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+class CodeStore:
+    """A packed store. `store.codes(images, crops)` gathers rows; `store.labels` and `store.meta` are what they say."""
+
+    def __init__(self, path: Path, meta: StoreMeta):
+        self.path, self.meta = path, meta
+        shapes = [(shard["count"], meta.crops, meta.tokens) for shard in meta.shards]
+        self._shards = [  # each (images · crops, H·W)
+            _map_array(path / shard["file"], shape, meta.dtype).reshape(-1, meta.tokens)
+            for shard, shape in zip(meta.shards, shapes, strict=True)
+        ]
+        self._ends = np.cumsum([shard["count"] for shard in meta.shards])  # first image after each shard
+        if not meta.shards or self._ends[-1] != meta.count:
+            raise UserError(
+                f"{path}/{META_FILE} lists shards for another number of images than it says; extract again."
+            )
+
+    def __len__(self) -> int:
+        return self.meta.count
+
+    def __str__(self) -> str:
+        meta = self.meta
+        crop_range = f" at crop range {meta.crop_range:g}" if meta.crop_range else ""
+        return (f"{self.path}: {meta.count:,} images × {meta.crops} crops{crop_range}, {meta.image_size} px, "
+                f"{meta.grid[0]}×{meta.grid[1]} codes")  # fmt: skip
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(count,) class of every image."""
+        return _map_array(self.path / LABELS_FILE, (self.meta.count,), "int32")
+
+    def labels_of(self, images: np.ndarray) -> np.ndarray:
+        """(n,) int64 labels of `images`."""
+        return self.labels[images].astype(np.int64)
+
+    def codes(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
+        """(n, H·W) codes of crop `crops[i]` of image `images[i]`, in the store's dtype."""
+        images, crops = self._checked(images, crops)
+        if len(self._shards) == 1:
+            return self._shards[0][images * self.meta.crops + crops]
+        codes = np.empty((len(images), self.meta.tokens), self.meta.dtype)
+        shard_of = np.searchsorted(self._ends, images, side="right")
+        for number in np.unique(shard_of):
+            rows = np.nonzero(shard_of == number)[0]
+            first = self._ends[number] - self.meta.shards[number]["count"]
+            codes[rows] = self._shards[number][(images[rows] - first) * self.meta.crops + crops[rows]]
+        return codes
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, crops, H·W) codes of consecutive images."""
+        images, crops = np.mgrid[start:stop, : self.meta.crops].reshape(2, -1)
+        return self.codes(images, crops).reshape(stop - start, self.meta.crops, self.meta.tokens)
+
+    def blocks(self, size: int = 4096) -> Iterator[tuple[int, np.ndarray]]:
+        """All codes in order: (number of the first image, (n ≤ size, crops, H·W) codes)."""
+        for start in range(0, self.meta.count, size):
+            yield start, self.block(start, min(start + size, self.meta.count))
+
+    def sources(self) -> list[tuple[str, int]]:
+        """(path relative to the image folder, bytes) of every image, in store order."""
+        with open(self.path / IMAGES_FILE) as file:
+            return [tuple(json.loads(line)) for line in file]
+
+    def _checked(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, crops = np.asarray(images, np.int64), np.asarray(crops, np.int64)
+        for name, values, size in (("image", images, self.meta.count), ("crop", crops, self.meta.crops)):
+            if len(values) and (values.min() < 0 or values.max() >= size):
+                raise IndexError(f"{name} outside 0 … {size - 1} of {self.path}")
+        return images, crops
+
+
+class PublishedStore(CodeStore):
+    """One `.npy` of codes and one of the label per image, as the published extraction wrote them."""
+
+    def __init__(self, path: Path, meta: StoreMeta):
+        self.path, self.meta = path, meta
+        self.labels_path = published_labels_path(path)
+        if not self.labels_path.is_dir():
+            raise UserError(f"{path} has no labels beside it; expected the folder {self.labels_path}.")
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return self.labels_of(np.arange(self.meta.count)).astype(np.int32)
+
+    def labels_of(self, images: np.ndarray) -> np.ndarray:
+        return np.array([_read_array(self.labels_path / f"{image}.npy", (1,))[0] for image in images], np.int64)
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        shape = (1, self.meta.crops, self.meta.tokens)
+        files = [_read_array(self.path / f"{image}.npy", shape) for image in range(start, stop)]
+        return np.concatenate(files).astype(self.meta.dtype)
+
+    def codes(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
+        images, crops = self._checked(images, crops)
+        shape = (1, self.meta.crops, self.meta.tokens)
+        codes = np.empty((len(images), self.meta.tokens), self.meta.dtype)
+        for row, (image, crop) in enumerate(zip(images, crops, strict=True)):
+            codes[row] = _read_array(self.path / f"{image}.npy", shape)[0, crop]
+        return codes
+
+
+def open_store(path: str | Path) -> CodeStore:
+    """Open a store folder of either layout; `UserError` where there is none or it does not hold together."""
+    path = Path(path)
+    if (path / META_FILE).is_file():
+        meta = _read_meta(path / META_FILE)
+    elif (path / "0.npy").is_file():
+        meta = _scan_published(path)
+    else:
+        raise UserError(f"{path} is no code store (no {META_FILE}, no 0.npy); make one with extract_codes_c2i.sh.")
+    return (PublishedStore if meta.layout == PUBLISHED else CodeStore)(path, meta)
+
+
+def store_folder(code_path: str | Path, dataset: str, image_size: int) -> Path:
+    """`CODE_PATH/{dataset}{image_size}_codes`; the trainer's name of the data set ends in `_code`, which is cut."""
+    return Path(code_path) / f"{dataset.removesuffix('_code')}{image_size}_codes"
+
+
+def published_labels_path(codes_path: Path) -> Path:
+    return codes_path.with_name(codes_path.name.removesuffix("_codes") + "_labels")
+
+
+def find_stores(
+    code_path: str | Path, dataset: str, image_size: int, second_code_path: str | Path | None = None
+) -> list[CodeStore]:
+    """The store under `code_path` and, where there is one, that of crop range 1.05.
+
+    The second is `second_code_path` where given; else, as published, `code_path` with `ten_crop` replaced by
+    `ten_crop_105`, if a store is there. Raises `UserError` naming the sizes that `code_path` holds.
+    """
+    folders = [store_folder(code_path, dataset, image_size)]
+    if second_code_path:
+        folders.append(store_folder(second_code_path, dataset, image_size))
+    elif "ten_crop" in str(code_path) and "ten_crop_105" not in str(code_path):
+        sibling = store_folder(str(code_path).replace("ten_crop", "ten_crop_105"), dataset, image_size)
+        folders += [sibling] if sibling.is_dir() or partial_folder(sibling).is_dir() else []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(_missing_store_sentence(folder, dataset, image_size))
+    return [open_store(folder) for folder in folders]
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where an extraction works until the store is complete and takes its name."""
+    return folder.with_name(folder.name + PARTIAL_SUFFIX)
+
+
+def _missing_store_sentence(folder: Path, dataset: str, image_size: int) -> str:
+    if partial_folder(folder).is_dir():
+        return f"the extraction into {folder} is unfinished; run the same extract_codes_c2i.sh command again."
+    if not folder.parent.is_dir():
+        return f"there is no folder {folder.parent}; give --code-path as it was given to extract_codes_c2i.sh."
+    name = dataset.removesuffix("_code")
+    pattern = re.compile(rf"{re.escape(name)}(\d+)_codes")
+    matches = (pattern.fullmatch(entry.name) for entry in folder.parent.iterdir() if entry.is_dir())
+    sizes = sorted(int(match[1]) for match in matches if match)
+    if sizes:
+        held = ", ".join(map(str, sizes))
+        return (f"{folder.parent} holds codes of {name} at image size {held}, not {image_size}; "
+                f"use --image-size {sizes[0]} or extract at {image_size}.")  # fmt: skip
+    return f"{folder.parent} holds no codes of {name} ({folder.name} expected); run extract_codes_c2i.sh first."
+
+
+def _read_meta(path: Path) -> StoreMeta:
+    try:
+        fields = json.loads(path.read_text())
+        if fields["version"] > VERSION:
+            raise UserError(f"{path} has format version {fields['version']}, newer than this program; update it.")
+        meta = StoreMeta(**{**fields, "grid": tuple(fields["grid"])})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; extract again or restore the file.") from error
+    if meta.layout not in (PACKED, PUBLISHED) or meta.count < 1:
+        raise UserError(f"{path} is damaged (layout {meta.layout!r}, {meta.count} images); extract again.")
+    return meta
+
+
+def _scan_published(path: Path) -> StoreMeta:
+    """Count the files of a published folder (it has no description of its own) and look into the first."""
+    numbers = [int(file.stem) for file in path.iterdir() if re.fullmatch(r"\d+\.npy", file.name)]
+    count = len(numbers)
+    if max(numbers) != count - 1:
+        raise UserError(f"{path} has gaps: {count} files, the last {max(numbers)}.npy; run its extraction again.")
+    first = _read_array(path / "0.npy", None)
+    if first.ndim != 3 or first.shape[0] != 1 or first.dtype.kind not in "iu":
+        raise UserError(f"{path}/0.npy holds {first.dtype} of shape {first.shape}, not (1, crops, codes) integers.")
+    _, crops, tokens = first.shape
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise UserError(f"{path}/0.npy holds {tokens} codes a crop, which is not a square grid.")
+    size = re.search(r"(\d+)_codes$", path.name)
+    # The codebook's size is not known here, so its codes get the wider type.
+    return StoreMeta(int(size[1]) if size else 0, (side, side), crops, count, layout=PUBLISHED, dtype="uint32")
+
+
+def _map_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    array = _load(path, mmap_mode="r")
+    if array.shape != shape or array.dtype != dtype:
+        raise UserError(
+            f"{path} holds {array.dtype} {array.shape}, but {META_FILE} says {dtype} {shape}; extract again."
+        )
+    return array.view(np.ndarray)
+
+
+def _read_array(path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
+    array = _load(path)
+    if shape is not None and array.shape != shape:
+        raise UserError(f"{path} has shape {array.shape}, the others {shape}; run the extraction again.")
+    return array
+
+
+def _load(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; copy it again or run the extraction again.") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged or incomplete; copy it again or run the extraction again.") from error
