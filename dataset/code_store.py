@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.crops import FIVE_PLACES
 from utils.program import UserError
 
 META_FILE = "meta.json"
@@ -53,8 +54,8 @@ class StoreMeta:
 
     @property
     def centre_crop(self) -> int:
-        """Index of the upright centre crop: of the ten it is the fifth, of centre and mirror the first."""
-        return 4 if self.crops == 10 else 0
+        """Index of the upright centre crop (dataset/crops.py has the order)."""
+        return 4 if self.crops in FIVE_PLACES else 0
 
     def to_json(self) -> dict:
         return asdict(self)
