@@ -52,8 +52,9 @@ def _write(folder: Path) -> None:
 
 
 def _enlarged(pixels: np.ndarray) -> Image.Image:
-    """(8, 8) values from 0 to 16 -> a smooth grey RGB image."""
-    smooth = Image.fromarray(pixels.astype(np.float32) * (255 / 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    """(8, 8) values from 0 to 16 -> a smooth grey RGB image, with a black margin that crops may cut."""
+    framed = Image.fromarray(np.pad(pixels.astype(np.float32), 1) * (255 / 16))
+    smooth = framed.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return Image.fromarray(np.asarray(smooth).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
