@@ -1,6 +1,7 @@
 """The transformer: LlamaGen's class-conditional GPT (arXiv 2406.06525), with its weight names.
 
-Letters in shapes: B images, T positions, D width, V codes in the codebook, S cache length.
+Letters in shapes: B images, T positions, D width, V codes in the codebook, S positions in the
+key-value cache (models/generate.py).
 """
 
 import math
@@ -66,15 +67,6 @@ class ModelArgs:
         return -(-int(2 * 4 * self.dim / 3) // self.multiple_of) * self.multiple_of
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once and overwritten in place: each `(B, n_kv_head, S, head_dim)`."""
-
-    def __init__(self, args: ModelArgs, batch_size: int, dtype: torch.dtype, device: torch.device):
-        shape = (args.n_layer, batch_size, args.n_kv_head, args.block_size, args.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-
 class LabelEmbedder(nn.Module):
     """Class labels to vectors; in training a label becomes the null class with probability `dropout_prob`."""
 
@@ -132,15 +124,17 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=self._grouped)
         return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
-    def decode(self, x, rope, keys, values, position, mask):
-        """One position `x` `(B, 1, D)`: write its key and value at `position` `(1,)`, attend to the cache by `mask`."""
+    def store(self, x, rope, keys, values, position):
+        """Write the key and value of one position `x` `(B, 1, D)` into the cache; return its query."""
         q, k, v = self._project(x, rope)
         keys.index_copy_(2, position, k)
         values.index_copy_(2, position, v)
-        if mask is not None:
-            keys, values = keys[:, :, : mask.shape[-1]], values[:, :, : mask.shape[-1]]
+        return q
+
+    def attend(self, q, keys, values, mask):
+        """Queries `(B, n_head, 1, head_dim)` over `(B, n_kv_head, S, head_dim)`; `mask` is added to the scores."""
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=self._grouped)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
     @property
     def _grouped(self) -> bool:
@@ -180,8 +174,13 @@ class TransformerBlock(nn.Module):
         x = x + self.drop_path(self.attention(self.attention_norm(x), rope))
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
-    def decode(self, x, rope, keys, values, position, mask):
-        x = x + self.attention.decode(self.attention_norm(x), rope, keys, values, position, mask)
+    # Decoding one position is split around the attention, whose length grows: the parts on both sides have one
+    # shape for a whole image, so that each is compiled once for all layers and all positions.
+    def before_attention(self, x, rope, keys, values, position):
+        return self.attention.store(self.attention_norm(x), rope, keys, values, position)
+
+    def after_attention(self, x, attended):
+        x = x + self.attention.wo(attended)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -198,12 +197,16 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, i * drop_path_step) for i in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        height, width = args.grid
-        for side in (s for s in range(1, min(args.grid) + 1) if height % s == 0 and width % s == 0):
-            table = rope_table(height // side, width // side, args.head_dim, args.rope_base)
-            self.register_buffer(f"rope_{side}", table, persistent=False)
+        self.set_rope_tables()
         self.apply(self._init_weights)
         nn.init.zeros_(self.output.weight)
+
+    def set_rope_tables(self) -> None:
+        """(Re)compute the rotary tables, on the CPU or the current `torch.device`: they are not in the state dict."""
+        height, width = self.args.grid
+        for side in (s for s in range(1, min(self.args.grid) + 1) if height % s == 0 and width % s == 0):
+            table = rope_table(height // side, width // side, self.args.head_dim, self.args.rope_base)
+            self.register_buffer(f"rope_{side}", table, persistent=False)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -230,24 +233,13 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, rope, use_reentrant=False)
             else:
                 x = layer(x, rope)
-        x = self.norm(x)
         if targets is None:
-            return self.output(x).float(), None
-        return None, patch_loss(x, self.output.weight, patch_codes(targets, self.args.grid, patch_side))
+            return self.output(self.norm(x)).float(), None
+        return None, self.head_loss(x, patch_codes(targets, self.args.grid, patch_side))
 
-    def decode(
-        self, x: torch.Tensor, position: torch.Tensor, cache: KVCache, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits `(B, V)` in float32 of the code after `x`, one embedded position a sequence.
-
-        `x` `(B, D)` is the class embedding at position 0 and the last code's embedding after that; `position` `(1,)`
-        int64. `mask` `(1, S)` is True where the cache is attended to; its length S bounds the part of the cache read.
-        """
-        x = x.unsqueeze(1)
-        rope = self.rope_1[position]
-        for i, layer in enumerate(self.layers):
-            x = layer.decode(x, rope, cache.keys[i], cache.values[i], position, mask)
-        return self.output(self.norm(x)).squeeze(1).float()
+    def head_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss of `targets` `(B, N, k)` from the last layer's output `(B, N, D)`."""
+        return patch_loss(self.norm(x), self.output.weight, targets)
 
 
 GPT_SIZES = {  # name: (layers, heads, width)
