@@ -14,8 +14,12 @@ def progress(
     unit: str = "it",
     done: int = 0,
     show: bool = True,
+    own_time_left: bool = False,
 ) -> tqdm:
-    """A bar over `iterable`, or one to `update()` by hand; `done` units were finished by an earlier run."""
+    """A bar over `iterable`, or one to `update()` by hand; `done` units were finished by an earlier run.
+
+    `own_time_left`: the caller shows the time left, because units differ in cost.
+    """
     return tqdm(
         iterable,
         desc=description,
@@ -24,5 +28,6 @@ def progress(
         unit=unit,
         disable=not show,
         dynamic_ncols=True,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if own_time_left else None,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     )

@@ -1,0 +1,53 @@
+"""One model on many processes: DDP or FSDP2, compilation, and precision."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from autoregressive.models.gpt import Transformer
+from utils.distributed import World
+
+PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compile_model(model: Transformer) -> None:
+    """Compile layer by layer, in place: one small graph a patch side, gradients leave for other ranks as they come."""
+    for layer in model.layers:
+        layer.compile(dynamic=False, fullgraph=not model.args.activation_checkpointing)
+    model.head_loss = torch.compile(model.head_loss, dynamic=False)
+
+
+def distribute(model: Transformer, world: World, mode: str, precision: str) -> nn.Module:
+    """Wrap `model` (equal on all ranks) for `world`: `mode` is "ddp" or "fsdp"; alone in the world it stays bare."""
+    if world.size == 1:
+        return model
+    if mode == "ddp":
+        device_ids = [world.device] if world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    # Inputs are not cast: the rotary table must stay float32, and the embeddings are already in the precision.
+    policy = MixedPrecisionPolicy(
+        param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def autocast(module: nn.Module, world: World, precision: str) -> AbstractContextManager:
+    """Mixed precision of a forward pass; FSDP casts its parameters itself."""
+    if precision == "none" or isinstance(module, FSDPModule):
+        return nullcontext()
+    return torch.autocast(world.device.type, PRECISIONS[precision])
+
+
+def sync_gradients(module: nn.Module, sync: bool) -> None:
+    """Whether the next backward pass averages gradients over ranks (the last micro-batch of a step does)."""
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = sync
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(sync)

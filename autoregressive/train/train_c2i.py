@@ -1,0 +1,225 @@
+"""Train a GPT on image codes, coarse to fine: Next Patch Prediction (arXiv 2412.15321).
+
+bash scripts/autoregressive/train_c2i.sh --code-path CODES --image-size 256 --gpt-model GPT-B --scheduler
+"""
+
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from autoregressive.models.gpt import GPT_SIZES, ModelArgs, Transformer
+from autoregressive.train.arguments import parse_args
+from autoregressive.train.cost import plan_table
+from autoregressive.train.parallel import autocast, compile_model, distribute, sync_gradients
+from autoregressive.train.plan import Plan, make_plan
+from autoregressive.train.watch import Watch
+from dataset.code_dataset import CodeDataset, CodeLoader
+from dataset.code_store import CodeStore, find_stores
+from utils.checkpoint import load_strict, read_checkpoint, select_weights
+from utils.distributed import World, init_world
+from utils.program import UserError, run
+from utils.training_run import TrainingRun
+from utils.training_state import EMA, Trained, seed_step
+
+IMAGENET_IMAGES = 1_281_167  # for --dry-run without codes
+
+
+def main() -> None:
+    args = parse_args()
+    world = init_world()
+    stores = _open_stores(args)
+    model_args = _model_args(args)
+    plan = _plan(args, model_args, stores)
+    _check_batch(args, world)
+    if world.is_main:
+        images = args.global_batch_size // world.size // args.gradient_accumulation_steps
+        shards = world.size if args.parallel == "fsdp" else 1
+        half = args.mixed_precision != "none"
+        print(plan_table(model_args, plan, args.global_batch_size, images, shards, args.ema, half), flush=True)
+    if args.dry_run:
+        return
+    trained = _build(args, model_args, world)
+    training = TrainingRun(
+        args, world, args.gpt_model, _recipe(args, stores), _config(args, model_args, stores), [trained],
+        milestones=[level.first_step + level.steps for level in plan.levels],
+    )  # fmt: skip
+    train(args, plan, model_args, trained, training, stores, world)
+    checkpoint = training.finish()
+    if world.is_main:
+        _print_next_command(args, checkpoint)
+    world.close()
+
+
+def train(
+    args, plan: Plan, model_args: ModelArgs, trained: Trained, training: TrainingRun, stores, world: World
+) -> None:
+    """The method: at every step the plan says how many codes one patch averages, and how fast to learn."""
+    start = training.start()
+    scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
+    if args.compile:
+        _compile_levels(args, plan, model_args, trained, scaler, world, start)
+    loader = CodeLoader(
+        CodeDataset(stores, seed=args.global_seed), args.global_batch_size, world.rank, world.size, args.global_seed,
+        start, world.device, resident=args.codes_on_device,
+    )  # fmt: skip
+    watch = Watch(args, plan, model_args, trained, training, world)
+    trained.module.train()
+    for step, (codes, labels) in zip(range(start, plan.total_steps), watch.timed(loader), strict=False):
+        side = plan.level_at(step).side
+        seed_step(args.global_seed, step, world.rank)
+        for group in trained.optimizer.param_groups:
+            group["lr"] = plan.lr_at(step)
+        loss, grad_norm, found_inf = train_step(args, trained, scaler, codes, labels, side, world)
+        training.metrics.add(**{f"loss_{side}x{side}": loss, "grad_norm": grad_norm})
+        training.end_step(step + 1, watch.row_after(step), found_inf)
+        watch.after_step(step)
+
+
+def train_step(args, trained: Trained, scaler, codes, labels, side: int, world: World):
+    """One update from `codes` `(B, H*W)` and `labels` `(B,)`; returns loss, gradient norm, and 1.0 if skipped."""
+    module, optimizer = trained.module, trained.optimizer
+    micro_batches = args.gradient_accumulation_steps
+    loss = torch.zeros((), device=world.device)
+    for number, (c, y) in enumerate(zip(codes.chunk(micro_batches), labels.chunk(micro_batches), strict=True), 1):
+        sync_gradients(module, number == micro_batches)
+        with autocast(module, world, args.mixed_precision):
+            _, micro_loss = module(c, y, c, side)
+        scaler.scale(micro_loss / micro_batches).backward()
+        loss += micro_loss.detach() / micro_batches
+    scaler.unscale_(optimizer)
+    grad_norm = _clip(module, args.max_grad_norm)
+    found_inf = (~grad_norm.isfinite()).float()
+    # A fused optimizer leaves everything as it is where found_inf is 1, without the host knowing.
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if trained.ema is not None:
+        trained.ema.update()
+    return loss, grad_norm, found_inf
+
+
+def _clip(module: nn.Module, max_norm: float) -> torch.Tensor:
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf"), foreach=True)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded: sum over ranks
+
+
+def _compile_levels(args, plan: Plan, model_args, trained: Trained, scaler, world: World, start: int) -> None:
+    """Compile every patch side still to come before the clock runs: one forward and backward pass each, no update."""
+    images = args.global_batch_size // world.size // args.gradient_accumulation_steps
+    codes = torch.zeros(images, model_args.block_size, dtype=torch.int64, device=world.device)
+    for level in plan.levels:
+        if start < level.first_step + level.steps:
+            sync_gradients(trained.module, False)
+            with autocast(trained.module, world, args.mixed_precision):
+                _, loss = trained.module(codes, codes[:, 0], codes, level.side)
+            scaler.scale(loss).backward()
+            trained.optimizer.zero_grad(set_to_none=True)
+
+
+def _open_stores(args) -> list[CodeStore]:
+    if args.code_path is None:
+        return []
+    stores = find_stores(args.code_path, args.dataset, args.image_size, args.code_path_105)
+    meta = stores[0].meta
+    expected = (args.image_size // args.downsample_size,) * 2
+    if meta.grid != expected:
+        raise UserError(f"{stores[0].path} holds grids of {meta.grid[0]}x{meta.grid[1]} codes, but --image-size "
+                        f"{args.image_size} and --downsample-size {args.downsample_size} make {expected[0]}x"
+                        f"{expected[1]}; use --downsample-size {args.image_size // meta.grid[0]}.")  # fmt: skip
+    if meta.codebook_size is not None and meta.codebook_size != args.vocab_size:
+        raise UserError(f"the codes come from a codebook of {meta.codebook_size}, not {args.vocab_size}; "
+                        f"use --vocab-size {meta.codebook_size}.")  # fmt: skip
+    classes = meta.num_classes if meta.num_classes is not None else int(stores[0].labels.max()) + 1
+    if classes != args.num_classes and (meta.num_classes is not None or classes > args.num_classes):
+        raise UserError(f"{stores[0].path} holds {classes} classes, not {args.num_classes}; "
+                        f"use --num-classes {classes}.")  # fmt: skip
+    return stores
+
+
+def _model_args(args) -> ModelArgs:
+    if args.image_size % args.downsample_size:
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of --downsample-size {args.downsample_size}."
+        )
+    n_layer, n_head, dim = GPT_SIZES[args.gpt_model]
+    side = args.image_size // args.downsample_size
+    return ModelArgs(
+        n_layer=n_layer, n_head=n_head, dim=dim, vocab_size=args.vocab_size, block_size=side**2,
+        num_classes=args.num_classes, class_dropout_prob=args.class_dropout_p, token_dropout_p=args.token_dropout_p,
+        resid_dropout_p=args.dropout_p, ffn_dropout_p=args.dropout_p, drop_path_rate=args.drop_path_rate,
+        activation_checkpointing=args.activation_checkpointing,
+    )  # fmt: skip
+
+
+def _plan(args, model_args: ModelArgs, stores: list[CodeStore]) -> Plan:
+    images = len(stores[0]) if stores else IMAGENET_IMAGES
+    try:
+        return make_plan(
+            args.epochs, images // args.global_batch_size, args.patch_level, args.epoch_rate, model_args.grid,
+            args.lr, args.end_lr, args.warmup_epochs, args.decay_ratio, args.scheduler,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+
+
+def _check_batch(args, world: World) -> None:
+    parts = world.size * args.gradient_accumulation_steps
+    if args.gradient_accumulation_steps < 1 or args.global_batch_size % parts:
+        raise UserError(f"--global-batch-size {args.global_batch_size} does not divide by {world.size} processes times "
+                        f"--gradient-accumulation-steps {args.gradient_accumulation_steps}.")  # fmt: skip
+    if args.parallel == "fsdp" and args.mixed_precision == "fp16":
+        raise UserError("--parallel fsdp has no loss scaling for fp16; use --mixed-precision bf16.")
+
+
+def _build(args, model_args: ModelArgs, world: World) -> Trained:
+    """The model on its device, wrapped for the world, its optimizer and average."""
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.global_seed)
+    model = Transformer(model_args)
+    if args.init_from:
+        state, kind = select_weights(read_checkpoint(args.init_from), args.init_from)
+        load_strict(model, state, args.init_from, "check --gpt-model, --vocab-size and --num-classes.")
+        if world.is_main:
+            print(f"starting from the {kind} weights of {args.init_from}")
+    model.to(world.device)
+    if args.compile is None:
+        args.compile = world.device.type == "cuda"
+    if args.compile:
+        compile_model(model)
+    module = distribute(model, world, args.parallel, args.mixed_precision)
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    vectors = [p for p in module.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    return Trained(module, optimizer, EMA(module, args.ema_decay) if args.ema else None)
+
+
+def _recipe(args, stores: list[CodeStore]) -> dict:
+    """Every setting that changes what is learned (the number of processes and how they share work do not)."""
+    names = """gpt_model init_from vocab_size dropout_p token_dropout_p drop_path_rate class_dropout_p ema ema_decay
+        dataset image_size downsample_size num_classes epochs patch_level epoch_rate global_batch_size lr scheduler
+        warmup_epochs decay_ratio end_lr weight_decay beta1 beta2 max_grad_norm mixed_precision global_seed"""
+    codes = [{"images": len(store), "crops": store.meta.crops, "crop_range": store.meta.crop_range,
+              "tokenizer": store.meta.tokenizer} for store in stores]  # fmt: skip
+    return {name: getattr(args, name) for name in names.split()} | {"codes": codes}
+
+
+def _config(args, model_args: ModelArgs, stores: list[CodeStore]) -> dict:
+    """What a sampler must know about the weights; checked against its flags."""
+    meta = stores[0].meta
+    return asdict(model_args) | {
+        "gpt_model": args.gpt_model, "image_size": args.image_size, "downsample_size": args.downsample_size,
+        "grid": list(model_args.grid), "tokenizer": meta.tokenizer, "class_names": meta.class_names,
+    }  # fmt: skip
+
+
+def _print_next_command(args, checkpoint) -> None:
+    print(f"trained: {checkpoint}\nnext: bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt {checkpoint} "
+          f"--gpt-model {args.gpt_model} --image-size {args.image_size} --image-size-eval {args.image_size} "
+          f"--num-classes {args.num_classes} --cfg-scale 2.0 --vq-ckpt TOKENIZER.pt")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Trains a GPT on image codes; see README.md, or --help. Many processes: torchrun restarts dead workers, and the run goes
+# on from its last checkpoint.
+set -euo pipefail
+export DEFAULT_RESTARTS=3
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" autoregressive.train.train_c2i "$@"

@@ -1,0 +1,104 @@
+"""A run's checkpoint files: written behind the training's back, complete or absent, pruned, and found again."""
+
+import os
+import shutil
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from utils.files import atomic_file
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return Path(folder) / f"{step:07d}.pt"
+
+
+def is_complete(path: Path) -> bool:
+    """Whether every byte of a checkpoint is as it was written (the archive's own checksums)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in `folder`, ascending."""
+    return sorted(int(path.stem) for path in Path(folder).glob("*.pt") if path.stem.isdigit())
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint in `folder`; says so for each damaged one that it passes over."""
+    for step in reversed(saved_steps(folder)):
+        path = checkpoint_path(folder, step)
+        if is_complete(path):
+            return path
+        print(f"warning: {path} is damaged; taking an older checkpoint", file=sys.stderr)
+    return None
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a background thread, one at a time, and removes the ones no longer wanted.
+
+    Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps for which `keep_forever` is true.
+    `mirrors` are further folders that get a copy. A full disk warns and training goes on with the last good file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mirrors: list[Path],
+        keep_last: int,
+        keep_hours: float,
+        keep_forever: Callable[[int], bool] = lambda step: False,
+    ):
+        self.folders = [Path(folder), *map(Path, mirrors)]
+        self.keep_last, self.keep_hours, self.keep_forever = keep_last, keep_hours, keep_forever
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        for each in self.folders:
+            for leftover in each.glob(".*.pt.*.tmp"):  # of a run that was killed while writing
+                leftover.unlink(missing_ok=True)
+
+    def save(self, step: int, state: dict) -> None:
+        """Start writing `state` as the checkpoint of `step`; waits for the one before it."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(step, state))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return once the last `save` is on the disk; raises what its thread raised, except for a full disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, step: int, state: dict) -> None:
+        path = checkpoint_path(self.folders[0], step)
+        try:
+            with atomic_file(path) as file:
+                torch.save(state, file)
+            for mirror in self.folders[1:]:
+                with open(path, "rb") as source, atomic_file(mirror / path.name) as copy:
+                    shutil.copyfileobj(source, copy, 1 << 20)
+            for folder in self.folders:
+                self._prune(folder)
+        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+            print(f"warning: the checkpoint of step {step} could not be written ({error}); training goes on, the last "
+                  "good one stays. Free some space.", file=sys.stderr)  # fmt: skip
+        except BaseException as error:  # raised again by wait(), in the training thread
+            self._failure = error
+
+    def _prune(self, folder: Path) -> None:
+        for step in saved_steps(folder)[: -self.keep_last]:
+            path = checkpoint_path(folder, step)
+            young = time.time() - os.path.getmtime(path) < self.keep_hours * 3600
+            if not young and not self.keep_forever(step):
+                path.unlink()

@@ -1,0 +1,105 @@
+"""What a training checkpoint holds: full, unsharded state that any number of processes, DDP or FSDP, can load."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from utils.distributed import World
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class Trained:
+    """A module that learns, under the names its parts have in a checkpoint."""
+
+    module: nn.Module  # bare, or wrapped by DDP or FSDP
+    optimizer: torch.optim.Optimizer
+    ema: "EMA | None" = None
+    names: tuple[str, str, str] = ("model", "optimizer", "ema")
+
+
+class EMA:
+    """Exponential moving average of a module's parameters: one fused operation a step, sharded where they are."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = list(module.parameters())
+        self.averages = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and parameters in place: once to evaluate or save the averages, again to go on."""
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator for one step of one rank.
+
+    All random numbers of training (dropout, dropped labels) follow from these three, so that a resumed run needs no
+    saved generator state and repeats exactly.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def capture_state(parts: Iterable[Trained], world: World) -> dict:
+    """Copies on the CPU of everything that learns; every rank must call it, the main rank gets the values."""
+    state = {}
+    for part in parts:
+        model_name, optimizer_name, ema_name = part.names
+        state[model_name] = _copied(get_model_state_dict(part.module, options=FULL))
+        state[optimizer_name] = _copied(get_optimizer_state_dict(part.module, part.optimizer, options=FULL))
+        if part.ema is not None:
+            state[ema_name] = full_model_state(part)
+    return state if world.is_main else {}
+
+
+def full_model_state(part: Trained) -> dict[str, torch.Tensor]:
+    """A copy on the CPU of the averaged weights, or of the raw ones where no average is kept; as `capture_state`."""
+    if part.ema is not None:
+        part.ema.swap()
+    state = _copied(get_model_state_dict(part.module, options=FULL))
+    if part.ema is not None:
+        part.ema.swap()
+    return state
+
+
+def restore_state(parts: Iterable[Trained], state: dict, world: World) -> None:
+    """Load what `capture_state` returned; only the main rank needs it, the others receive their share."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
+    for part in parts:
+        model_name, optimizer_name, ema_name = part.names
+        if part.ema is not None:
+            set_model_state_dict(part.module, state.get(ema_name, {}), options=options)
+            part.ema.swap()
+        set_model_state_dict(part.module, state.get(model_name, {}), options=options)
+        set_optimizer_state_dict(part.module, part.optimizer, state.get(optimizer_name, {}), options=options)
+
+
+def _copied(value):
+    """`value` with its tensors copied on the CPU: training goes on while the copy is written."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
