@@ -1,0 +1,78 @@
+"""One process or two, replicas or shards, one micro-batch or several: the same data order and the same losses."""
+
+import sys
+
+import pytest
+
+from tests.tiny_training import (
+    NO_DROPOUT,
+    assert_same_state,
+    command,
+    interrupting,
+    last_checkpoint,
+    rows,
+    tiny_store,
+    train,
+)
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    return tiny_store(tmp_path_factory.mktemp("codes"))
+
+
+@pytest.fixture(scope="module")
+def alone(codes, tmp_path_factory):
+    results = tmp_path_factory.mktemp("alone")
+    assert train(command(codes, results, "--ema", no=NO_DROPOUT)) == [0]
+    return results
+
+
+def assert_same_training(results, other, tolerance=1e-5):
+    for mine, theirs in zip(rows(results), rows(other), strict=True):
+        assert mine == pytest.approx(theirs, abs=tolerance, rel=tolerance)
+    assert_same_state(last_checkpoint(results)["model"], last_checkpoint(other)["model"], "model", 1e-4)
+    assert_same_state(last_checkpoint(results)["ema"], last_checkpoint(other)["ema"], "ema", 1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(parallel, codes, alone, tmp_path):
+    assert train(command(codes, tmp_path, "--ema", "--parallel", parallel, no=NO_DROPOUT), world_size=2) == [0, 0]
+    assert_same_training(tmp_path, alone)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gradient_accumulation_changes_nothing(processes, codes, alone, tmp_path):
+    arguments = command(
+        codes, tmp_path, "--ema", no=NO_DROPOUT, parts={"--gradient-accumulation-steps": 4 // processes}
+    )
+    assert train(arguments, world_size=processes) == [0] * processes
+    assert_same_training(tmp_path, alone)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("ddp", 2)), (("ddp", 2), ("ddp", 1)), (("fsdp", 2), ("ddp", 1))],
+    ids=str,
+)
+def test_a_checkpoint_continues_in_another_world(first, then, codes, alone, tmp_path):
+    def part(parallel, stop_after=None):
+        before = interrupting(stop_after, lambda: sys.exit(9)) if stop_after else lambda: None
+        arguments = command(codes, tmp_path, "--ema", "--parallel", parallel[0], no=NO_DROPOUT)
+        return train(arguments, parallel[1], before=before)
+
+    assert part(first, stop_after=8) == [9] * first[1]  # after the checkpoint of step 6, in level 2
+    assert part(then) == [0] * then[1]
+    assert_same_training(tmp_path, alone)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_resume_in_the_same_world_is_bit_exact_with_dropout(parallel, codes, tmp_path):
+    stop = interrupting(8, lambda: sys.exit(9))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(command(codes, whole, "--parallel", parallel), 2) == [0, 0]
+    assert train(command(codes, parts, "--parallel", parallel), 2, before=stop) == [9, 9]
+    assert train(command(codes, parts, "--parallel", parallel), 2) == [0, 0]
+    for key in ("model", "optimizer", "metrics"):
+        assert_same_state(last_checkpoint(parts)[key], last_checkpoint(whole)[key], key)
+    assert rows(parts) == rows(whole)
