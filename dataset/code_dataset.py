@@ -37,6 +37,32 @@ def epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
     return np.argsort(counter_hash(seed, ORDER_STREAM, epoch, np.arange(count)), kind="stable")
 
 
+class BatchOrder:
+    """Which images form global batch `step` (counted over all epochs), and which of those are this rank's."""
+
+    def __init__(self, count: int, global_batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0):
+        if global_batch_size > count:
+            raise UserError(f"the batch of {global_batch_size} is larger than the {count} images of the data; "
+                            "use a smaller --global-batch-size.")  # fmt: skip
+        if global_batch_size % world_size:
+            raise UserError(f"--global-batch-size {global_batch_size} is not divisible by {world_size} processes.")
+        self.count, self.seed, self.global_batch_size = count, seed, global_batch_size
+        self.steps_per_epoch = count // global_batch_size
+        share = global_batch_size // world_size
+        self._first, self._last = rank * share, (rank + 1) * share
+        self._epoch_and_order = (-1, np.empty(0, np.int64))
+
+    def indices(self, step: int) -> tuple[int, np.ndarray]:
+        """(epoch, images of this rank) of global batch number `step`."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order_epoch, order = self._epoch_and_order
+        if epoch != order_epoch:
+            order = epoch_order(self.count, epoch, self.seed)
+            self._epoch_and_order = (epoch, order)
+        start = position * self.global_batch_size
+        return epoch, order[start + self._first : start + self._last]
+
+
 class CodeDataset:
     """Codes of one crop per image and epoch, drawn from one store or from several that hold the same images.
 
@@ -117,18 +143,9 @@ class CodeLoader:
         device: torch.device | str = "cpu",
         resident: bool = False,
     ):
-        if global_batch_size > len(dataset):
-            raise UserError(f"the batch of {global_batch_size} is larger than the {len(dataset)} images of "
-                            f"{dataset.stores[0].path}; use a smaller --global-batch-size.")  # fmt: skip
-        if global_batch_size % world_size:
-            raise UserError(f"--global-batch-size {global_batch_size} is not divisible by {world_size} processes.")
-        self.dataset, self.seed, self.start_step = dataset, seed, start_step
-        self.global_batch_size, self.device = global_batch_size, torch.device(device)
-        self.steps_per_epoch = len(dataset) // global_batch_size
-        share = global_batch_size // world_size
-        self._first, self._last = rank * share, (rank + 1) * share
+        self.dataset, self.start_step, self.device = dataset, start_step, torch.device(device)
+        self.order = BatchOrder(len(dataset), global_batch_size, rank, world_size, seed)
         self._resident = _ResidentCodes(dataset, self.device) if resident else None
-        self._epoch_and_order = (-1, np.empty(0, np.int64))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches: queue.Queue = queue.Queue(self.QUEUE_DEPTH)
@@ -147,21 +164,11 @@ class CodeLoader:
                 _drain(batches)
                 thread.join(0.01)
 
-    def indices(self, step: int) -> tuple[int, np.ndarray]:
-        """(epoch, images of this rank) of global batch number `step`."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order_epoch, order = self._epoch_and_order
-        if epoch != order_epoch:
-            order = epoch_order(len(self.dataset), epoch, self.seed)
-            self._epoch_and_order = (epoch, order)
-        start = position * self.global_batch_size
-        return epoch, order[start + self._first : start + self._last]
-
     def _produce(self, batches: queue.Queue, stop: threading.Event) -> None:
         step = self.start_step
         while not stop.is_set():
             try:
-                batch = self._prepare(*self.indices(step))
+                batch = self._prepare(*self.order.indices(step))
             except Exception as error:  # raised again where the batch is asked for
                 batch = error
             batches.put(batch)

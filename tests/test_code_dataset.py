@@ -107,9 +107,9 @@ def test_any_step_can_be_the_first(store):
 
 def test_an_epoch_visits_each_image_once_and_drops_the_rest(store):
     loader = CodeLoader(CodeDataset([store]), 5)
-    assert loader.steps_per_epoch == 4
+    assert loader.order.steps_per_epoch == 4
     for epoch in (0, 1, 2):
-        visits = [loader.indices(step) for step in range(4 * epoch, 4 * epoch + 4)]
+        visits = [loader.order.indices(step) for step in range(4 * epoch, 4 * epoch + 4)]
         assert {number for number, _ in visits} == {epoch}
         images = np.concatenate([images for _, images in visits])
         assert len(np.unique(images)) == 20
@@ -122,7 +122,7 @@ def test_large_codes_survive_the_signed_transport(tmp_path, codebook_size):
     for resident in (False, True):
         loader = CodeLoader(dataset, 20, resident=resident)
         (codes, labels), *_ = take(loader, 1)
-        expected = dataset.batch(*loader.indices(0))
+        expected = dataset.batch(*loader.order.indices(0))
         assert torch.equal(codes, expected[0])
         assert torch.equal(labels, expected[1])
         assert codes.max() > 0.9 * codebook_size

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -54,8 +55,14 @@ class Metrics:
         self._timed_steps += 1
         self._bar.update()
 
-    def waited_for_data(self, seconds: float) -> None:
-        self._waited += seconds
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches; the time spent waiting for them becomes the row's `data_wait`."""
+        iterator = iter(batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(iterator)
+            self._waited += time.perf_counter() - started
+            yield batch
 
     def row(self) -> dict[str, float]:
         """Means over ranks and over the steps since the last row, then start anew; the one place that waits."""

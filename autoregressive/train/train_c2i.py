@@ -6,7 +6,6 @@ bash scripts/autoregressive/train_c2i.sh --code-path CODES --image-size 256 --gp
 from dataclasses import asdict
 
 import torch
-from torch import nn
 
 from autoregressive.models.gpt import GPT_SIZES, ModelArgs, Transformer
 from autoregressive.train.arguments import parse_args
@@ -21,6 +20,7 @@ from utils.distributed import World, init_world
 from utils.program import UserError, run
 from utils.training_run import TrainingRun
 from utils.training_state import EMA, Trained, seed_step
+from utils.training_step import apply_gradients, check_batch_size
 
 IMAGENET_IMAGES = 1_281_167  # for --dry-run without codes
 
@@ -65,7 +65,7 @@ def train(
     )  # fmt: skip
     watch = Watch(args, plan, model_args, trained, training, world)
     trained.module.train()
-    for step, (codes, labels) in zip(range(start, plan.total_steps), watch.timed(loader), strict=False):
+    for step, (codes, labels) in zip(range(start, plan.total_steps), training.metrics.timed(loader), strict=False):
         side = plan.level_at(step).side
         seed_step(args.global_seed, step, world.rank)
         for group in trained.optimizer.param_groups:
@@ -78,7 +78,7 @@ def train(
 
 def train_step(args, trained: Trained, scaler, codes, labels, side: int, world: World):
     """One update from `codes` `(B, H*W)` and `labels` `(B,)`; returns loss, gradient norm, and 1.0 if skipped."""
-    module, optimizer = trained.module, trained.optimizer
+    module = trained.module
     micro_batches = args.gradient_accumulation_steps
     loss = torch.zeros((), device=world.device)
     for number, (c, y) in enumerate(zip(codes.chunk(micro_batches), labels.chunk(micro_batches), strict=True), 1):
@@ -87,22 +87,7 @@ def train_step(args, trained: Trained, scaler, codes, labels, side: int, world: 
             _, micro_loss = module(c, y, c, side)
         scaler.scale(micro_loss / micro_batches).backward()
         loss += micro_loss.detach() / micro_batches
-    scaler.unscale_(optimizer)
-    grad_norm = _clip(module, args.max_grad_norm)
-    found_inf = (~grad_norm.isfinite()).float()
-    # A fused optimizer leaves everything as it is where found_inf is 1, without the host knowing.
-    optimizer.grad_scale, optimizer.found_inf = None, found_inf
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if trained.ema is not None:
-        trained.ema.update()
-    return loss, grad_norm, found_inf
-
-
-def _clip(module: nn.Module, max_norm: float) -> torch.Tensor:
-    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf"), foreach=True)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded: sum over ranks
+    return loss, *apply_gradients(trained, scaler, args.max_grad_norm)
 
 
 def _compile_levels(args, plan: Plan, model_args, trained: Trained, scaler, world: World, start: int) -> None:
@@ -165,10 +150,7 @@ def _plan(args, model_args: ModelArgs, stores: list[CodeStore]) -> Plan:
 
 
 def _check_batch(args, world: World) -> None:
-    parts = world.size * args.gradient_accumulation_steps
-    if args.gradient_accumulation_steps < 1 or args.global_batch_size % parts:
-        raise UserError(f"--global-batch-size {args.global_batch_size} does not divide by {world.size} processes times "
-                        f"--gradient-accumulation-steps {args.gradient_accumulation_steps}.")  # fmt: skip
+    check_batch_size(args, world)
     if args.parallel == "fsdp" and args.mixed_precision == "fp16":
         raise UserError("--parallel fsdp has no loss scaling for fp16; use --mixed-precision bf16.")
 

@@ -1,8 +1,7 @@
 """What a person watches while a GPT trains: speed, validation loss, sample grids."""
 
 import argparse
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 from torchvision.utils import save_image
@@ -41,15 +40,6 @@ class Watch:
         self.peak = peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
         self.validation = self._open_validation()
         self.tokenizer = self._open_tokenizer()
-
-    def timed(self, batches: Iterable) -> Iterator:
-        """The batches, with the time spent waiting for each told to the metrics."""
-        iterator = iter(batches)
-        while True:
-            started = time.perf_counter()
-            batch = next(iterator)
-            self.training.metrics.waited_for_data(time.perf_counter() - started)
-            yield batch
 
     def row_after(self, step: int) -> Callable[[dict], dict]:
         """Completes a row of mean values with where training stands, and shows it on the progress bar."""
