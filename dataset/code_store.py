@@ -119,7 +119,9 @@ class CodeStore:
             yield start, self.block(start, min(start + size, self.meta.count))
 
     def sources(self) -> list[tuple[str, int]]:
-        """(path relative to the image folder, bytes) of every image, in store order."""
+        """(path relative to the image folder, bytes) of every image, in order; none where the store does not say."""
+        if not (self.path / IMAGES_FILE).exists():
+            return []
         with open(self.path / IMAGES_FILE) as file:
             return [tuple(json.loads(line)) for line in file]
 

@@ -27,6 +27,7 @@ from dataset.code_store import (
 )
 from utils.files import atomic_file, sha256, sync_folder, write_json
 from utils.program import UserError
+from utils.progress import progress
 
 SHARD_IMAGES = 1 << 17  # 640 MiB at ten crops of 16×16 codes
 
@@ -113,19 +114,31 @@ def write_packed(
 
 def write_published(folder: Path, store: CodeStore) -> None:
     """The published layout: two small files an image, codes in `folder`, labels beside it; meta.json is an addition."""
-    partial = partial_folder(folder)
-    labels_path = published_labels_path(folder)
-    if labels_path == folder:
+    if not folder.name.endswith("_codes"):
         raise UserError(f"the published layout needs a folder whose name ends in _codes, not {folder.name}.")
+    partial, labels_path = partial_folder(folder), published_labels_path(folder)
     partial.mkdir(parents=True, exist_ok=True)
-    labels_path.mkdir(exist_ok=True)
-    for start, codes in store.blocks():
-        for image, crops in enumerate(codes.astype(np.int64), start):
-            np.save(partial / f"{image}.npy", crops[None])
-    for image, label in enumerate(store.labels.astype(np.int64)):
-        np.save(labels_path / f"{image}.npy", label[None])
+    with progress(description="publish", total=len(store), unit="images") as bar:
+        for start, codes in store.blocks():
+            for image, crops in enumerate(codes.astype(np.int64), start):
+                np.save(partial / f"{image}.npy", crops[None])
+            bar.update(len(codes))
+    _publish_labels(labels_path, store.labels.astype(np.int64))
     write_description(partial, replace(store.meta, layout=PUBLISHED), store.labels, store.sources())
     give_final_name(partial, folder)
+
+
+def _publish_labels(labels_path: Path, labels: np.ndarray) -> None:
+    if labels_path.exists():  # a run killed just before the codes took their name leaves the same ones
+        files = (labels_path / f"{image}.npy" for image in range(len(labels)))
+        if all(file.is_file() and np.load(file)[0] == label for file, label in zip(files, labels, strict=True)):
+            return
+        raise UserError(f"{labels_path} exists already and holds other labels; remove it or choose another path.")
+    partial = partial_folder(labels_path)
+    partial.mkdir(exist_ok=True)
+    for image, label in enumerate(labels):
+        np.save(partial / f"{image}.npy", label[None])
+    give_final_name(partial, labels_path)
 
 
 def _shard_counts(count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -51,8 +52,11 @@ class World:
             dist.destroy_process_group()
 
 
-def init_world() -> World:
-    """Read torchrun's variables (none: one process) and join the group: NCCL on GPUs, Gloo on the CPU."""
+def init_world(timeout: timedelta | None = None) -> World:
+    """Read torchrun's variables (none: one process) and join the group: NCCL on GPUs, Gloo on the CPU.
+
+    `timeout` is how long one rank may wait for another; the backend's own (10 to 30 minutes) by default.
+    """
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     if torch.cuda.is_available():
@@ -62,5 +66,5 @@ def init_world() -> World:
         device = torch.device("cpu")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     return World(rank, size, local_rank, device)
