@@ -20,6 +20,7 @@ class Metrics:
     def __init__(self, path: Path, world: World, total_steps: int, tensorboard: bool = False):
         self.path, self.world = Path(path), world
         self._sums: dict[str, torch.Tensor] = {}
+        self.totals: dict[str, torch.Tensor] = {}  # of the last row: what was added as vectors, summed over all ranks
         self._steps = 0
         self._started = time.perf_counter()
         self._timed_steps = 0
@@ -47,7 +48,10 @@ class Metrics:
         return {"sums": dict(enumerate(self.world.gather(sums))), "steps": self._steps}
 
     def add(self, **values: torch.Tensor) -> None:
-        """Add one step's scalars on the device; nothing waits for them. Not-finite values count as they are."""
+        """Add one step's values on the device; nothing waits for them. Not-finite values count as they are.
+
+        Scalars become the row's means; vectors (counts) are summed, and stand in `totals` once a row is made.
+        """
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -66,7 +70,8 @@ class Metrics:
 
     def row(self) -> dict[str, float]:
         """Means over ranks and over the steps since the last row, then start anew; the one place that waits."""
-        names = list(self._sums)
+        self.totals = {name: self.world.sum(value.clone()) for name, value in self._sums.items() if value.dim()}
+        names = [name for name, value in self._sums.items() if not value.dim()]
         means = self.world.sum(torch.stack([self._sums[name] for name in names])) / (self.world.size * self._steps)
         row = dict(zip(names, means.tolist(), strict=True))
         seconds = time.perf_counter() - self._started
