@@ -1,4 +1,4 @@
-"""Running a program's `main` in forked copies of the test process (no start-up cost), alone or as a distributed world."""
+"""Running `main` of a program in forked copies of the test process (no start-up cost), alone or as a world."""
 
 import os
 import signal

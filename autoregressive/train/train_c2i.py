@@ -28,8 +28,8 @@ IMAGENET_IMAGES = 1_281_167  # for --dry-run without codes
 def main() -> None:
     args = parse_args()
     world = init_world()
-    stores = _open_stores(args)
     model_args = _model_args(args)
+    stores = _open_stores(args)
     plan = _plan(args, model_args, stores)
     _check_batch(args, world)
     if world.is_main:

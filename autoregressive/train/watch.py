@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torchvision.utils import save_image
 
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train.cost import peak_flops, train_flops
 from autoregressive.train.parallel import autocast
@@ -94,6 +95,8 @@ class Watch:
     def _open_tokenizer(self):
         if not self.args.vq_ckpt:
             return None
+        if self.args.class_dropout_p == 0 and self.args.sample_cfg_scale != 1:
+            raise UserError("without --class-dropout-p there is no null class to guide with; use --sample-cfg-scale 1.")
         name = self.args.vq_model or self.training.config["tokenizer"].get("name")
         if name is None:
             raise UserError("the codes do not say which tokenizer made them; give --vq-model.")
@@ -124,8 +127,6 @@ class Watch:
         """`samples/{step}.png`: a row a class, from the averaged weights where they are kept."""
         state = full_model_state(self.trained)
         if self.world.is_main:
-            from autoregressive.models.generate import generate
-
             model = Transformer(self.model_args).to(self.world.device).eval()
             model.load_state_dict(state)
             seed_step(self.args.global_seed, 0, 0)  # the same noise each time, so that grids show the training
