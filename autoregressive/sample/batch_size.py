@@ -1,0 +1,31 @@
+"""How many images to generate at once: as many as free memory holds, up to where more no longer helps."""
+
+import os
+
+import torch
+
+from autoregressive.models.gpt import ModelArgs
+
+# Weights are read once a token for all images: from a few hundred rows on, GPUs are no faster an image.
+MOST = {"cuda": 512, "cpu": 32}
+SHARE_OF_MEMORY = 0.8
+LOGITS_COPIES = 16  # float32-sized copies of the logits that filtering and drawing hold, at most
+DECODER_BYTES_PER_PIXEL = 2048  # activations of the tokenizer's decoder, in bf16
+
+
+def fitting_batch_size(
+    args: ModelArgs, guided: bool, dtype: torch.dtype, device: torch.device, pixels_decoded: int
+) -> int:
+    """The batch size for this device's free memory, once the models are on it; a multiple of 32 from 32 on."""
+    rows = 2 if guided else 1
+    cache = rows * 2 * args.n_layer * args.block_size * args.n_kv_head * args.head_dim * dtype.itemsize
+    logits = rows * LOGITS_COPIES * args.vocab_size * 4
+    free = SHARE_OF_MEMORY * _free_memory(device) - DECODER_BYTES_PER_PIXEL * pixels_decoded
+    fitting = max(1, min(MOST[device.type], int(free // (cache + logits))))
+    return fitting // 32 * 32 if fitting >= 32 else fitting
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

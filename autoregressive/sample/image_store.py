@@ -1,0 +1,139 @@
+"""Images of a run that may be interrupted: a file on the disk that fills in any order, and becomes one `.npz`.
+
+`NAME.partial/` beside the result holds `run.json` (the settings), `images.u8` (all images, each at its place) and
+`done.u8` (one byte an image, set after its pixels are on the disk). Ranks write disjoint parts of the same files, so
+a run on many nodes needs a file system that they share. Memory stays that of one batch, however many images.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.files import atomic_file, sync_folder, write_json
+from utils.program import UserError
+from utils.progress import progress
+
+CHUNK_BYTES = 1 << 24
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date, so that equal results are equal files
+
+
+class ImageStore:
+    """`count` images of `size`x`size` pixels on their way to `folder/name.npz`. `settings` is what decides them."""
+
+    def __init__(self, folder: Path, name: str, settings: dict, count: int, size: int):
+        self.result = folder / f"{name}.npz"
+        self.report = folder / f"{name}.json"
+        self.preview = folder / f"{name}.png"
+        self.png_folder = folder / name
+        self.partial = folder / f"{name}.partial"
+        self.settings, self.count, self.shape = settings, count, (size, size, 3)
+        self._image_bytes = size * size * 3
+
+    def is_complete(self) -> bool:
+        """Whether the result is already there. Raises `UserError` if one of other settings has its name."""
+        if not self.result.exists():
+            return False
+        if not self.report.exists():
+            raise UserError(f"{self.result} exists without the .json that says how it was made; move it away or give "
+                            "another --sample-dir.")  # fmt: skip
+        self._refuse_other_settings(json.loads(self.report.read_text())["settings"], self.result)
+        return True
+
+    def recorded_batch_size(self) -> int | None:
+        """The batch size of the interrupted run that `open` will continue. Raises `UserError` if it is another run."""
+        run_file = self.partial / "run.json"
+        if not run_file.exists():
+            return None
+        run = json.loads(run_file.read_text())
+        self._refuse_other_settings(run["settings"], self.partial)
+        return run["batch_size"]
+
+    def open(self, batch_size: int) -> None:
+        """Make the files, unless an interrupted run has; on one rank, before any rank writes."""
+        if self.recorded_batch_size() is None:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            for name, size in (("images.u8", self.count * self._image_bytes), ("done.u8", self.count)):
+                with open(self.partial / name, "wb") as file:
+                    file.truncate(size)
+        write_json(self.partial / "run.json", {"settings": self.settings, "batch_size": batch_size})
+
+    def done(self) -> np.ndarray:
+        """Which images are on the disk: `(count,)` bool."""
+        return np.fromfile(self.partial / "done.u8", dtype=np.uint8) > 0
+
+    def write(self, start: int, images: np.ndarray) -> None:
+        """Put `images` `(B, size, size, 3)` uint8 at `start`; those beyond `count` are dropped."""
+        images = images[: self.count - start]
+        self._write_at("images.u8", start * self._image_bytes, np.ascontiguousarray(images).data)
+        self._write_at("done.u8", start, b"\1" * len(images))
+
+    def _write_at(self, name: str, place: int, data) -> None:
+        with open(self.partial / name, "r+b") as file:
+            file.seek(place)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """Images `(len(indices), size, size, 3)` read back from the disk."""
+        with open(self.partial / "images.u8", "rb") as file:
+            rows = []
+            for index in indices:
+                file.seek(int(index) * self._image_bytes)
+                rows.append(np.frombuffer(file.read(self._image_bytes), dtype=np.uint8).reshape(self.shape))
+        return np.stack(rows)
+
+    def write_pngs(self) -> None:
+        """The images as `name/000000.png` and so on, for those who asked."""
+        staging = self.partial / "png"
+        staging.mkdir(exist_ok=True)
+        for index in progress(range(self.count), description="png", unit="image"):
+            Image.fromarray(self.images(np.array([index]))[0]).save(staging / f"{index:06d}.png")
+        if self.png_folder.exists():
+            shutil.rmtree(self.png_folder)
+        os.replace(staging, self.png_folder)
+
+    def finish(self, labels: np.ndarray, report: dict) -> None:
+        """Turn the complete store into `name.npz` (`arr_0`, `labels`) and `name.json`, and remove the partial files.
+
+        The result takes its name last: interrupted before, the same call starts over; after, it is complete.
+        """
+        assembled = self.partial / "assembled.npz"
+        with atomic_file(assembled) as file:
+            self._write_npz(file, labels)
+        write_json(self.report, {"settings": self.settings, **report})
+        os.replace(assembled, self.result)
+        sync_folder(self.result.parent)
+        self.remove_partial()
+
+    def remove_partial(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _write_npz(self, file, labels: np.ndarray) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy", EPOCH), "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)}
+                np.lib.format.write_array_header_1_0(member, header)
+                total = self.count * self._image_bytes
+                with (
+                    open(self.partial / "images.u8", "rb") as images,
+                    progress(description="npz", total=total, unit="B") as bar,
+                ):
+                    while block := images.read(CHUNK_BYTES):
+                        member.write(block)
+                        bar.update(len(block))
+            with archive.open(zipfile.ZipInfo("labels.npy", EPOCH), "w") as member:
+                np.lib.format.write_array(member, labels, allow_pickle=False)
+
+    def _refuse_other_settings(self, other: dict, path: Path) -> None:
+        mine = json.loads(json.dumps(self.settings))
+        different = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
+        if different:
+            changes = ", ".join(f"{key} {other.get(key)} there and {mine.get(key)} here" for key in different[:3])
+            raise UserError(f"{path} is of another run with the same name ({changes}); move it away or give another "
+                            "--sample-dir.")  # fmt: skip

@@ -1,0 +1,47 @@
+"""The published weights by name, and where they lie once downloaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.program import UserError
+
+FOLDER = Path(__file__).parent
+LLAMAGEN, NPP = "FoundationVision/LlamaGen", "pytttttt/LlamaGen-NPP"
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    repository: str  # on the Hugging Face hub
+    filename: str  # there
+    description: str
+
+
+PUBLISHED = {
+    "vq_ds16_c2i.pt": PublishedFile(LLAMAGEN, "vq_ds16_c2i.pt", "tokenizer VQ-16"),
+    "vq_ds8_c2i.pt": PublishedFile(LLAMAGEN, "vq_ds8_c2i.pt", "tokenizer VQ-8"),
+    **{
+        f"npp/c2i_{size}_256.pt": PublishedFile(NPP, f"c2i_{size}_256.pt", f"GPT-{size}, next patch prediction, 256 px")
+        for size in ("B", "L", "XL", "XXL")
+    },
+    **{
+        f"llamagen/c2i_{size}_{pixels}.pt": PublishedFile(
+            LLAMAGEN, f"c2i_{size}_{pixels}.pt", f"GPT-{size}, next token prediction, {pixels} px"
+        )
+        for pixels, sizes in ((256, ("B", "L")), (384, ("B", "L", "XL", "XXL", "3B")))
+        for size in sizes
+    },
+}
+
+
+def find_weights(name_or_path: str) -> Path:
+    """The file that a flag names: a path, or a published name that has been downloaded.
+
+    Raises `UserError` saying how to download it, if it is a published name that has not been.
+    """
+    path = Path(name_or_path)
+    if path.exists() or name_or_path.removeprefix("pretrained_models/") not in PUBLISHED:
+        return path  # whoever reads it says what is wrong with it
+    name = name_or_path.removeprefix("pretrained_models/")
+    if not (FOLDER / name).exists():
+        raise UserError(f"{name} has not been downloaded; run: bash scripts/download.sh {name}")
+    return FOLDER / name
