@@ -83,7 +83,9 @@ def write_description(folder: Path, meta: StoreMeta, labels: np.ndarray, sources
 def give_final_name(partial: Path, folder: Path) -> None:
     """Rename a complete `partial` folder; `UserError` where the final name is taken."""
     if folder.exists():
-        raise UserError(f"{folder} exists already; remove it or choose another --code-path.")
+        raise UserError(f"{folder} exists already; remove it or choose another path.")
+    for leftover in partial.glob(".*.tmp"):  # of a killed run
+        leftover.unlink()
     os.rename(partial, folder)
     sync_folder(folder.parent)
 

@@ -155,8 +155,6 @@ class Job:
 
     def clean_and_rename(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
-        for leftover in self.partial.glob(".*.tmp"):  # of killed runs
-            leftover.unlink()
         give_final_name(self.partial, self.folder)
 
     def _bad_of(self, block: int) -> Iterator[tuple[int, str]]:

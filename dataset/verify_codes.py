@@ -30,10 +30,10 @@ def main() -> None:
     store = open_store(args.codes)
     print(store)
     problems = check_files(store) + check_labels(store) + check_codes(store)
-    if args.vq_ckpt and args.data_path:
-        problems += check_images(store, args)
-    else:
+    if not (args.vq_ckpt and args.data_path):
         print("no contact sheet: it needs --vq-ckpt and --data-path")
+    elif not problems:
+        problems = check_images(store, args)
     if problems:
         raise UserError(f"{args.codes} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}.")
     print(f"{args.codes} is sound")
@@ -121,8 +121,8 @@ def check_images(store: CodeStore, args: argparse.Namespace) -> list[str]:
         examples.append(Example(source, decoded, f"{name}, crop {crop}"))
     draw_sheet(examples, args.output)
     psnr = np.array([example.psnr for example in examples])
-    print(f"images: {np.mean(equal):.2%} of the codes of {len(images)} random crops are found again; PSNR of the "
-          f"decoded codes {psnr.mean():.1f} dB, {psnr.min():.1f} to {psnr.max():.1f}; look at {args.output}")  # fmt: skip
+    print(f"images: {np.mean(equal):.2%} of the codes of {len(images)} random crops are found again; decoded PSNR "
+          f"{psnr.mean():.1f} dB, {psnr.min():.1f} to {psnr.max():.1f}; look at {args.output}")  # fmt: skip
     wrong = [paths[image] for image, share in zip(images, equal, strict=True) if share < SAME_IMAGE]
     return [f"codes of {len(wrong)} of {len(images)} images are not theirs, such as {wrong[0]}"] if wrong else []
 

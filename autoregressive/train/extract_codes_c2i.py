@@ -62,9 +62,10 @@ def main() -> None:
         if world.is_main:
             job.finish(folder.labels)
     if world.is_main:
-        if args.layout == PUBLISHED and job.folder.exists():
-            write_published(target, open_store(job.folder))
-            shutil.rmtree(job.folder)
+        if args.layout == PUBLISHED:
+            if not target.exists():
+                write_published(target, open_store(job.folder))
+            shutil.rmtree(job.folder, ignore_errors=True)
         report(target, args, tokenizer.downsample_factor)
         if held_lock:
             held_lock.close()
