@@ -7,6 +7,7 @@ one CUDA graph, so that nothing between two tokens waits for Python or allocates
 Letters in shapes: B images, R rows (2B while guided: conditional, then unconditional), D width, V codes, N tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +116,7 @@ class CodeGenerator:
         self._before_attention = compiled(TransformerBlock.before_attention)
         self._after_attention = compiled(TransformerBlock.after_attention)
         self._next_codes = compiled(self._next_codes)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
     @torch.no_grad()
@@ -151,14 +152,17 @@ class CodeGenerator:
             self._decode_token(token + 1, guided)
             return
         length = (token // self.length_step + 1) * self.length_step
-        if graph := self._graphs.get((length, guided)):
-            graph.replay()
+        if replay := self._graphs.get((length, guided)):
+            replay()
             return
         self._decode_token(length, guided)  # does this token's work and loads its kernels; capturing executes nothing
+        self._graphs[length, guided] = self._capture(length, guided)
+
+    def _capture(self, length: int, guided: bool) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory):
             self._decode_token(length, guided)
-        self._graphs[length, guided] = graph
+        return graph.replay
 
     def _decode_token(self, length: int, guided: bool) -> None:
         """One token of every image, from `self.x` to `self.codes` and the next `self.x`, reading `length` positions."""
