@@ -5,6 +5,7 @@ matter, and resuming is starting at another step number.
 """
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -91,11 +92,18 @@ def _loaded(dataset: Dataset, batches: Iterable, workers: int, world: World) -> 
         batch_size=None,
         num_workers=worker_count(workers),
         pin_memory=world.device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_rank,
     )
     for batch in loader:
         if isinstance(batch, UnreadableImage):
             raise batch
         yield batch
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A batch system signals every process; the rank saves and stops, and needs its workers until then."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def worker_count(wanted: int) -> int:

@@ -63,6 +63,15 @@ def build_tokenizer(
     return model, info
 
 
+def check_image_size(size: int, name: str, model: VQModel) -> None:
+    """Raise `UserError` unless the tokenizer's codes tile a square of `size` pixels."""
+    factor = model.downsample_factor
+    if size < factor or size % factor:
+        near = max(1, round(size / factor)) * factor
+        raise UserError(f"--image-size {size} is not a multiple of {factor}, the pixels a side that a code of {name} "
+                        f"covers; use {near}.")  # fmt: skip
+
+
 def _refuse_contradictions(checkpoint: dict, flags: dict, path: str | Path) -> None:
     """Compare the flags with the settings that the checkpoint itself carries, under `config` or `args`, if any."""
     recorded = {}

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pretrained_models.catalogue import FOLDER
 from utils.checkpoint import read_checkpoint
 from utils.distributed import World
 from utils.files import atomic_file
 from utils.program import UserError
 
-LPIPS_FOLDER = Path("pretrained_models/lpips")
+LPIPS_FOLDER = FOLDER / "lpips"
 TAPS = (3, 8, 15, 22, 29)  # the last ReLU of each of VGG-16's five stages
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions
 

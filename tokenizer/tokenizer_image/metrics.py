@@ -1,7 +1,10 @@
-"""How near reconstructions are to their images: PSNR, SSIM, and how much of the codebook is used."""
+"""How near reconstructions are to their images: PSNR, SSIM, LPIPS, and how much of the codebook is used."""
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+from utils.distributed import World
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
@@ -43,3 +46,31 @@ def code_usage(counts: torch.Tensor) -> tuple[float, float]:
     shares = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(shares, shares).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+class ReconstructionScores:
+    """Sums over the images of this rank; `result` is the mean over all ranks' images."""
+
+    def __init__(self, codebook_size: int, device: torch.device, lpips: nn.Module | None = None):
+        self.lpips = lpips
+        names = ["psnr", "ssim"] + (["lpips"] if lpips else [])
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        self.images = torch.zeros((), dtype=torch.int64, device=device)
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+
+    def add(self, images: torch.Tensor, reconstructions: torch.Tensor, codes: torch.Tensor) -> None:
+        """Two (B, 3, H, W) uint8 batches and the codes, of any shape, that the second was decoded from."""
+        self.sums["psnr"] += psnr(reconstructions, images).sum()
+        self.sums["ssim"] += ssim(reconstructions, images).sum()
+        if self.lpips is not None:
+            pair = (2 * pixels.float() / 255 - 1 for pixels in (reconstructions, images))
+            self.sums["lpips"] += self.lpips(*pair).double().sum()
+        self.images += len(images)
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+    def result(self, world: World) -> dict[str, float]:
+        """psnr (dB), ssim, lpips if given, code_usage, perplexity; a collective: every rank must call it."""
+        images = world.sum(self.images.clone()).item()
+        means = {name: world.sum(total.clone()).item() / images for name, total in self.sums.items()}
+        usage, perplexity = code_usage(world.sum(self.counts.clone()))
+        return {**means, "code_usage": usage, "perplexity": perplexity}

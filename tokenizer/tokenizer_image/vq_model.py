@@ -91,9 +91,9 @@ class VectorQuantizer(nn.Module):
         nn.init.normal_(self.embedding.weight)  # any direction is as likely as any other
         with torch.no_grad():
             self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
-        # Published checkpoints carry this record of recent codes. It is loaded and kept, and never read or written:
-        # the training program counts the codes instead.
-        self.register_buffer("codebook_used", torch.zeros(USAGE_BUFFER_SIZE))
+        # Published checkpoints carry a record of recent codes under this name. The model does not touch it; training
+        # with dead codes revived counts the codes there.
+        self.register_buffer("codebook_used", torch.zeros(max(USAGE_BUFFER_SIZE, config.codebook_size)))
 
     def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, QuantizerLosses, torch.Tensor]:
         """(B, C, h, w) -> straight-through quantized vectors of that shape, losses, (B·h·w,) codes. In float32."""
@@ -186,12 +186,15 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(self.features(z))
+
+    def features(self, z: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(z)
         for block in self.mid:
             x = block(x)
         for stage in self.conv_blocks:
             x = stage(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.silu(self.norm_out(x))
 
 
 class Stage(nn.Module):

@@ -1,0 +1,239 @@
+"""Training a tokenizer: exact resume, any world, a discriminator that starts on time, weights alone, refusals."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.code_dataset import BatchOrder
+from dataset.image_batches import RandomViews, random_view_batches
+from dataset.image_folder import list_image_folder
+from tests.tiny_tokenizer import command, shrink, tiny_images, train
+from tests.tiny_training import assert_same_state, interrupting, last_checkpoint, rows, send
+from tokenizer.tokenizer_image import vq_model
+from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
+from tokenizer.tokenizer_image.load import build_tokenizer
+from tokenizer.tokenizer_image.vq_train import revive_dead_codes
+from utils.distributed import World
+from utils.training_state import EMA, Trained
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+LEARNED = ("model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps", "skipped_steps", "metrics")
+EVERYTHING = {"--entropy-loss-ratio": 0.1, "--revive-dead-codes": 4, "--dropout-p": 0.1}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    results = tmp_path_factory.mktemp("uninterrupted")
+    assert train(command(images, results, "--ema", "--disc-adaptive-weight", more=EVERYTHING)) == [0]
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(images, tmp_path_factory):
+    results = tmp_path_factory.mktemp("alone")
+    assert train(command(images, results, "--ema", "--disc-adaptive-weight")) == [0]
+    return results
+
+
+def checkpoint(results, step: int) -> dict:
+    return torch.load(results / f"run/checkpoints/{step:07d}.pt", weights_only=True)
+
+
+def test_adversarial_training_stays_finite_and_learns(uninterrupted):
+    before, after = (rows(uninterrupted)[:3], rows(uninterrupted)[3:])
+    assert not any("generator" in row or "discriminator" in row for row in before)
+    assert all(np.isfinite([row["generator"], row["discriminator"], row["adaptive_weight"]]).all() for row in after)
+    assert after[-1]["skipped_steps"] == 0
+    assert after[-1]["reconstruction"] < 0.7 * before[0]["reconstruction"]
+    assert all(0 < row["code_usage"] <= 1 and row["perplexity"] >= 1 for row in before + after)
+
+
+def test_discriminator_is_untouched_before_its_start(uninterrupted):
+    early, at_start, late = (checkpoint(uninterrupted, step) for step in (6, 6, 12))
+    torch.manual_seed(0 + 1)
+    fresh = PatchDiscriminator(channels=32).state_dict()
+    assert_same_state(dict(early["discriminator"]), dict(fresh))
+    assert all((state["step"] == 0).all() for state in at_start["optimizer_disc"]["state"].values())
+    assert not torch.equal(late["discriminator"]["main.0.weight"], fresh["main.0.weight"])
+
+
+def test_discriminator_costs_nothing_before_its_start(images, tmp_path):
+    def forbid():
+        PatchDiscriminator.forward = lambda *_: exec("raise SystemExit(7)")
+
+    def stop():
+        forbid()
+        interrupting(6, lambda: exec("raise SystemExit(9)"))()
+
+    assert train(command(images, tmp_path / "a"), before=stop) == [9]
+    assert train(command(images, tmp_path / "b"), before=forbid) == [7]
+
+
+@pytest.mark.parametrize("at", [2, 5, 6, 7, 11])
+def test_kill_and_resume_is_bit_exact(at, images, uninterrupted, tmp_path):
+    arguments = command(images, tmp_path, "--ema", "--disc-adaptive-weight", more=EVERYTHING | {"--ckpt-every": 1})
+    assert train(arguments, before=interrupting(at, send(signal.SIGKILL))) == [-signal.SIGKILL]
+    assert train(arguments) == [0]
+    ours, theirs = last_checkpoint(tmp_path), last_checkpoint(uninterrupted)
+    for key in LEARNED:
+        assert_same_state(ours[key], theirs[key], key)
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_sigterm_saves_and_stops_and_workers_outlive_it(images, uninterrupted, tmp_path):
+    import os
+
+    def signal_everyone():  # as a batch system does
+        os.killpg(0, signal.SIGTERM)
+
+    def alone_in_its_group():
+        os.setpgrp()
+        interrupting(5, signal_everyone)()
+
+    more = EVERYTHING | {"--num-workers": 1}
+    arguments = command(images, tmp_path, "--ema", "--disc-adaptive-weight", more=more)
+    assert train(arguments, before=alone_in_its_group) == [143]
+    assert last_checkpoint(tmp_path)["steps"] == 5
+    assert train(arguments) == [0]
+    assert_same_state(last_checkpoint(tmp_path)["model"], last_checkpoint(uninterrupted)["model"])
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), [(2, 1), (1, 2), (2, 2)])
+def test_processes_and_micro_batches_change_nothing(processes, micro_batches, images, alone, tmp_path):
+    flags = ["--ema"] + (["--disc-adaptive-weight"] if micro_batches == 1 else [])
+    expected = alone
+    if micro_batches > 1:  # the adaptive weight is one a micro-batch: compare with the fixed one
+        expected = tmp_path / "expected"
+        assert train(command(images, expected, "--ema")) == [0]
+    more = {"--gradient-accumulation-steps": micro_batches}
+    assert train(command(images, tmp_path / "run", *flags, more=more), processes) == [0] * processes
+    for mine, theirs in zip(rows(tmp_path / "run"), rows(expected), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    for key in ("model", "ema", "discriminator"):
+        assert_same_state(last_checkpoint(tmp_path / "run")[key], last_checkpoint(expected)[key], key, 1e-4)
+
+
+def test_the_checkpoint_is_read_by_every_later_step(alone, monkeypatch):
+    monkeypatch.setitem(vq_model.VQ_models, "VQ-Tiny", None)  # restored after shrink() has replaced it
+    shrink()
+    path = alone / "run/checkpoints/0000012.pt"
+    for weights in ("ema", "raw"):
+        model, info = build_tokenizer("VQ-Tiny", 64, 4, path, weights)
+        assert info.weights == weights
+        name = "encoder.conv_in.weight"
+        saved = last_checkpoint(alone)["model" if weights == "raw" else "ema"]
+        assert torch.equal(model.state_dict()[name], saved[name])
+
+
+def test_weights_alone_start_a_new_run(images, alone, tmp_path):
+    torch.save(last_checkpoint(alone)["model"], tmp_path / "bare.pt")
+    no_steps = {"--lr": 0, "--end-lr": 0, "--epochs": 2, "--init-from": tmp_path / "bare.pt"}
+    assert train(command(images, tmp_path, more=no_steps), output=tmp_path / "log") == [0]
+    assert "starting from the raw weights" in (tmp_path / "log").read_text()
+    assert_same_state(last_checkpoint(tmp_path)["model"], last_checkpoint(alone)["model"])
+    published = {"--vq-ckpt": tmp_path / "bare.pt", "--run-name": "finetune", "--lr": 0, "--end-lr": 0, "--epochs": 2}
+    assert train(command(images, tmp_path, "--finetune", more=published)) == [0]
+    assert_same_state(last_checkpoint(tmp_path, "finetune")["model"], last_checkpoint(alone)["model"])
+
+
+def test_validation_scores_and_pictures_change_nothing(images, uninterrupted, tmp_path):
+    more = EVERYTHING | {"--val-data-path": images, "--val-every": 5}
+    assert train(command(images, tmp_path, "--ema", "--disc-adaptive-weight", more=more)) == [0]
+    assert_same_state(last_checkpoint(tmp_path)["model"], last_checkpoint(uninterrupted)["model"])
+    scores = [row for row in rows(tmp_path) if "val_psnr" in row]
+    assert [row["step"] for row in scores] == [5, 10, 12]
+    with Image.open(tmp_path / "run/samples/0000012.png") as picture:
+        assert picture.height < picture.width
+
+
+def test_views_depend_on_epoch_and_image_alone(images):
+    folder = list_image_folder(images)
+    views = RandomViews(folder, 32, seed=3, mirror=True)
+    order = BatchOrder(24, 8)
+    batches = random_view_batches(views, order, 0, 0, ALONE)
+    steps = [next(batches) for _ in range(7)]
+    again = random_view_batches(views, order, 4, 1, ALONE)
+    assert all(torch.equal(next(again), batch) for batch in steps[4:])
+    shares = [
+        next(random_view_batches(views, BatchOrder(24, 8, rank, 2), 5, 0, World(rank, 2, 0, ALONE.device)))
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat(shares), steps[5])
+    assert not torch.equal(views.view(0, 1), views.view(1, 1))
+    upright = RandomViews(folder, 32, seed=3, mirror=False)
+    mirrored = [not torch.equal(views.view(0, image), upright.view(0, image)) for image in range(24)]
+    assert 4 < sum(mirrored) < 20
+
+
+def test_dead_codes_move_onto_encoder_outputs():
+    torch.manual_seed(0)
+    model = vq_model.VQ_models["VQ-Tiny"](codebook_size=32, codebook_embed_dim=4)
+    weight = model.quantize.embedding.weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.state[weight] = {name: torch.ones_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+    trained = Trained(model, optimizer, EMA(model, 0.9))
+    before = weight.detach().clone()
+    used = torch.arange(32) < 20
+    model.quantize.codebook_used[:32] = used.float()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    revive_dead_codes(trained, images, ALONE)
+    assert torch.equal(weight[used], before[used])
+    with torch.no_grad():
+        outputs = torch.nn.functional.normalize(model.latent(images), dim=1).permute(0, 2, 3, 1).reshape(-1, 4)
+    assert torch.cdist(weight[~used], outputs).min(dim=1).values.max() < 1e-3
+    assert (optimizer.state[weight]["exp_avg"].sum(dim=1) == 4 * used).all()
+    average = next(a for p, a in zip(trained.ema.parameters, trained.ema.averages, strict=True) if p is weight)
+    assert torch.equal(average, weight)
+    assert (model.quantize.codebook_used == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"--image-size": 34}, "not a multiple of 4"),
+        ({"--image-size": 16}, "at least 32 pixels"),
+        ({"--data-path": "/nowhere"}, "there is no folder"),
+        ({"--global-batch-size": 0}, "--global-batch-size 0"),
+        ({"--global-batch-size": 25}, "a batch must fit the data"),
+        ({"--init-from": "/nowhere.pt"}, "there is no checkpoint"),
+        ({"--resume": "/nowhere.pt"}, "there is no checkpoint"),
+        ({"--codebook-size": 0}, "--codebook-size must be at least 1"),
+        ({"--disc-start": -1}, "--disc-start must not be negative"),
+        (
+            {"--perceptual-weight": 1, "--lpips-vgg-path": "/nowhere", "--lpips-linear-path": "/nowhere"},
+            "no checkpoint",
+        ),
+        ({"--decay-ratio": 0.9}, "lower one of them"),
+    ],
+    ids=str,
+)
+def test_refusals(change, sentence, images, tmp_path):
+    assert train(command(images, tmp_path / "results", more=change), output=tmp_path / "log") == [2]
+    said = (tmp_path / "log").read_text()
+    assert sentence in said
+    assert "Traceback" not in said
+
+
+def test_refuses_broken_images_and_other_models(images, alone, tmp_path):
+    folder = tiny_images(tmp_path / "images", 8)
+    (folder / "class_0/00.png").write_bytes(b"not an image")
+    assert train(command(folder, tmp_path / "a"), output=tmp_path / "log") == [2]
+    assert "cannot be read as an image" in (tmp_path / "log").read_text()
+    other = {"--init-from": alone / "run/checkpoints/0000012.pt", "--codebook-size": 32}
+    assert train(command(images, tmp_path / "b", more=other), output=tmp_path / "log2") == [2]
+    assert "does not fit this model" in (tmp_path / "log2").read_text()
+
+
+def test_a_start_after_the_end_is_announced(images, tmp_path):
+    more = {"--disc-start": 20000, "--epochs": 2}
+    assert train(command(images, tmp_path, more=more), output=tmp_path / "log") == [0]
+    assert "no adversarial loss" in (tmp_path / "log").read_text()
+    assert "discriminator" not in last_checkpoint(tmp_path)
