@@ -1,5 +1,6 @@
 """Training a tokenizer: exact resume, any world, a discriminator that starts on time, weights alone, refusals."""
 
+import os
 import signal
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from dataset.code_dataset import BatchOrder
 from dataset.image_batches import RandomViews, random_view_batches
 from dataset.image_folder import list_image_folder
-from tests.tiny_tokenizer import command, shrink, tiny_images, train
+from tests.tiny_tokenizer import command, smaller_discriminator, smaller_tokenizer, tiny_images, train
 from tests.tiny_training import assert_same_state, interrupting, last_checkpoint, rows, send
 from tokenizer.tokenizer_image import vq_model
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
@@ -57,10 +58,10 @@ def test_adversarial_training_stays_finite_and_learns(uninterrupted):
 
 
 def test_discriminator_is_untouched_before_its_start(uninterrupted):
-    early, at_start, late = (checkpoint(uninterrupted, step) for step in (6, 6, 12))
+    at_start, late = (checkpoint(uninterrupted, step) for step in (6, 12))
     torch.manual_seed(0 + 1)
-    fresh = PatchDiscriminator(channels=32).state_dict()
-    assert_same_state(dict(early["discriminator"]), dict(fresh))
+    fresh = smaller_discriminator().state_dict()
+    assert_same_state(dict(at_start["discriminator"]), dict(fresh))
     assert all((state["step"] == 0).all() for state in at_start["optimizer_disc"]["state"].values())
     assert not torch.equal(late["discriminator"]["main.0.weight"], fresh["main.0.weight"])
 
@@ -89,8 +90,6 @@ def test_kill_and_resume_is_bit_exact(at, images, uninterrupted, tmp_path):
 
 
 def test_sigterm_saves_and_stops_and_workers_outlive_it(images, uninterrupted, tmp_path):
-    import os
-
     def signal_everyone():  # as a batch system does
         os.killpg(0, signal.SIGTERM)
 
@@ -122,8 +121,7 @@ def test_processes_and_micro_batches_change_nothing(processes, micro_batches, im
 
 
 def test_the_checkpoint_is_read_by_every_later_step(alone, monkeypatch):
-    monkeypatch.setitem(vq_model.VQ_models, "VQ-Tiny", None)  # restored after shrink() has replaced it
-    shrink()
+    monkeypatch.setitem(vq_model.VQ_models, "VQ-Tiny", smaller_tokenizer)
     path = alone / "run/checkpoints/0000012.pt"
     for weights in ("ema", "raw"):
         model, info = build_tokenizer("VQ-Tiny", 64, 4, path, weights)

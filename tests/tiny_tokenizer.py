@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.processes import run_main
 from tokenizer.tokenizer_image import vq_model, vq_train
+from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
 
 COMMAND = {  # 24 images, batch 8: 3 steps an epoch, 12 in all
     "--vq-model": "VQ-Tiny", "--codebook-size": 64, "--codebook-embed-dim": 4, "--image-size": 32, "--epochs": 4,
@@ -26,17 +27,15 @@ def tiny_images(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def shrink() -> None:
-    """Make VQ-Tiny and its discriminator tinier still, in this process (call it in a fork or under monkeypatch)."""
+def smaller_tokenizer(**settings) -> vq_model.VQModel:
+    """Stands in for VQ-Tiny: in a fork, or under monkeypatch."""
+    small = {"channels": 8, "z_channels": 8, "num_res_blocks": 1, "norm_groups": 4}
+    multiples = {"encoder_ch_mult": [1, 1, 2], "decoder_ch_mult": [1, 1, 2]}
+    return vq_model.VQModel(vq_model.ModelArgs(**small, **multiples, **settings))
 
-    def smaller(**settings):
-        small = {"channels": 8, "z_channels": 8, "num_res_blocks": 1, "norm_groups": 4}
-        multiples = {"encoder_ch_mult": [1, 1, 2], "decoder_ch_mult": [1, 1, 2]}
-        return vq_model.VQModel(vq_model.ModelArgs(**small, **multiples, **settings))
 
-    vq_model.VQ_models["VQ-Tiny"] = smaller
-    discriminator = vq_train.PatchDiscriminator
-    vq_train.PatchDiscriminator = lambda: discriminator(channels=32)
+def smaller_discriminator() -> PatchDiscriminator:
+    return PatchDiscriminator(channels=32)
 
 
 def command(images: Path, results: Path, *flags: str, **changes) -> list[str]:
@@ -49,7 +48,8 @@ def command(images: Path, results: Path, *flags: str, **changes) -> list[str]:
 
 def train(arguments: list[str], world_size: int = 1, output=None, before=lambda: None) -> list[int]:
     def main():
-        shrink()
+        vq_model.VQ_models["VQ-Tiny"] = smaller_tokenizer
+        vq_train.PatchDiscriminator = smaller_discriminator
         before()
         vq_train.main()
 

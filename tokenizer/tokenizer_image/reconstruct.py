@@ -114,7 +114,7 @@ def open_stores(args, folder: ImageFolder, tokenizer: TokenizerInfo, world: Worl
         complete = all(there)
         if not complete:
             for store in stores:
-                store.open()
+                store.open(args.per_proc_batch_size)
     return stores, world.broadcast(complete)
 
 
