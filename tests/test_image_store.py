@@ -1,0 +1,121 @@
+"""The file that fills with images and becomes an `.npz`: complete or absent, identical however often interrupted."""
+
+import os
+import shutil
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autoregressive.sample import image_store
+from autoregressive.sample.image_store import ImageStore
+from utils.program import UserError
+
+SETTINGS = {"seed": 0, "cfg_scale": 2.0}
+IMAGES = np.random.RandomState(0).randint(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+LABELS = np.arange(10)
+
+
+def make(folder: Path) -> bytes:
+    """What a run does from wherever an earlier one stopped; the bytes of its result."""
+    store = ImageStore(folder, "name", SETTINGS, 10, 4)
+    if not store.is_complete():
+        store.open(4)
+        done = store.done()
+        for start in (0, 4, 8):
+            if not done[start : start + 4].all():
+                store.write(start, np.resize(IMAGES[start : start + 4], (4, 4, 4, 3)))
+        store.finish(LABELS, {"batch_size": 4})
+    store.remove_partial()
+    return store.result.read_bytes()
+
+
+def test_the_result_is_what_numpy_reads(tmp_path):
+    make(tmp_path)
+    with np.load(tmp_path / "name.npz", allow_pickle=False) as result:
+        assert np.array_equal(result["arr_0"], IMAGES)
+        assert np.array_equal(result["labels"], LABELS)
+    with zipfile.ZipFile(tmp_path / "name.npz") as archive:
+        assert archive.testzip() is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["name.json", "name.npz"]
+
+
+class Stop(BaseException):
+    """Ends a run at once, as a signal does; nothing catches it."""
+
+
+def make_until(folder: Path, step: int) -> bool:
+    """Run, but stop before the `step`-th operation that changes the disk; whether there are that many."""
+    calls = 0
+
+    def stopping(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                raise Stop
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (os, "fsync"), (os, "replace"), (shutil, "rmtree"), (image_store, "write_json"), (zipfile.ZipFile, "open"),
+        ):  # fmt: skip
+            patch.setattr(owner, name, stopping(getattr(owner, name)))
+        try:
+            make(folder)
+        except Stop:
+            return True
+    return False
+
+
+def test_interrupted_at_every_step_on_the_disk(tmp_path):
+    """Then run again: the same bytes, and never a part of them under the final name."""
+    expected = make(tmp_path / "whole")
+    step = 1
+    while make_until(tmp_path / str(step), step):
+        result = tmp_path / str(step) / "name.npz"
+        assert not result.exists() or result.read_bytes() == expected
+        assert make(result.parent) == expected
+        assert not (result.parent / "name.partial").exists()
+        step += 1
+    assert step > 20
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    count, size = 400, 256  # 75 MiB of images
+    store = ImageStore(tmp_path, "name", SETTINGS, count, size)
+    store.open(8)
+    batch = np.zeros((8, size, size, 3), dtype=np.uint8)
+    tracemalloc.start()
+    for start in range(0, count, 8):
+        store.write(start, batch)
+    store.finish(np.zeros(count, dtype=np.int64), {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * image_store.CHUNK_BYTES
+
+
+def test_images_are_read_back_at_their_places(tmp_path):
+    store = ImageStore(tmp_path, "name", SETTINGS, 10, 4)
+    store.open(4)
+    store.write(4, IMAGES[4:8])
+    assert store.done().tolist() == [False] * 4 + [True] * 4 + [False] * 2
+    assert np.array_equal(store.images(np.array([7, 5])), IMAGES[[7, 5]])
+    assert store.recorded_batch_size() == 4
+
+
+def test_results_and_unfinished_runs_of_others_are_refused(tmp_path):
+    make(tmp_path)
+    other = ImageStore(tmp_path, "name", SETTINGS | {"seed": 1}, 10, 4)
+    with pytest.raises(UserError, match="seed 0 there and 1 here"):
+        other.is_complete()
+    (tmp_path / "name.json").unlink()
+    with pytest.raises(UserError, match="without the .json"):
+        other.is_complete()
+    ImageStore(tmp_path, "unfinished", SETTINGS, 10, 4).open(4)
+    with pytest.raises(UserError, match="seed 0 there and 1 here"):
+        ImageStore(tmp_path, "unfinished", SETTINGS | {"seed": 1}, 10, 4).open(4)
