@@ -35,13 +35,19 @@ fi
 restarts=${MAX_RESTARTS:-${DEFAULT_RESTARTS:-0}}
 # Leave each process its share of the cores, unless told otherwise.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC_PER_NODE - 1) / NPROC_PER_NODE))}
+# By default workers share the agents' store, which outlives them (torch 2.15): restarted workers would find the addresses
+# of dead ones there, and a replaced node would never learn where to meet.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [ "$NNODES" = 1 ]; then
     rendezvous=(--standalone)
 else
-    : "${MASTER_ADDR:?error: NNODES is $NNODES but MASTER_ADDR is not set; give the address of the first node}"
+    if [ -z "${MASTER_ADDR:-}" ]; then
+        echo "error: NNODES is $NNODES but MASTER_ADDR is not set; give the address of the first node." >&2
+        exit 2
+    fi
     host=$([ "${NODE_RANK:-0}" = 0 ] && echo 1 || echo 0)
     rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-conf="is_host=$host"
-        --rdzv-id="${SLURM_JOB_ID:-npp}" --node-rank="${NODE_RANK:-0}")
+        --rdzv-id="${SLURM_JOB_ID:-npp}")
 fi
 exec "$PYTHON" -m utils.launch --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --max-restarts="$restarts" \
     "${rendezvous[@]}" -m "$@"

@@ -28,7 +28,7 @@ def read_checkpoint(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0].removesuffix(".")
         raise UserError(f"{path} holds more than weights and is not read, for safety: {reason}.") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is not a complete PyTorch checkpoint; copy or download it again.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; expected a dict of tensors.")

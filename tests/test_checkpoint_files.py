@@ -1,0 +1,138 @@
+"""Checkpoint files: complete or absent, pruned by count and age, and training goes on when the disk is full."""
+
+import errno
+import os
+import time
+
+import pytest
+import torch
+
+from utils import checkpoint_files
+from utils.checkpoint import load_strict, read_checkpoint, select_weights
+from utils.checkpoint_files import CheckpointWriter, is_complete, newest_complete, saved_steps
+from utils.program import UserError
+
+STATE = {"model": {"w": torch.arange(1000.0)}}
+
+
+def write(folder, *steps, mirrors=(), keep_last=2, keep_hours=0.0, keep_forever=lambda step: False):
+    writer = CheckpointWriter(folder, mirrors, keep_last, keep_hours, keep_forever)
+    for step in steps:
+        writer.save(step, STATE | {"steps": step})
+    writer.wait()
+    return writer
+
+
+def test_keeps_the_newest_and_the_milestones_everywhere(tmp_path):
+    write(tmp_path / "a", 1, 2, 3, 4, 5, mirrors=[tmp_path / "b"], keep_forever=lambda step: step == 2)
+    assert saved_steps(tmp_path / "a") == saved_steps(tmp_path / "b") == [2, 4, 5]
+    assert read_checkpoint(tmp_path / "b/0000005.pt")["steps"] == 5
+
+
+def test_keeps_young_files_and_removes_them_when_old(tmp_path):
+    writer = write(tmp_path, 1, 2, 3, 4, keep_hours=1)
+    assert saved_steps(tmp_path) == [1, 2, 3, 4]
+    old = time.time() - 3601
+    os.utime(tmp_path / "0000001.pt", (old, old))
+    writer.save(5, STATE)
+    writer.wait()
+    assert saved_steps(tmp_path) == [2, 3, 4, 5]
+
+
+def test_a_full_disk_warns_and_keeps_the_last_good_file(tmp_path, monkeypatch, capsys):
+    writer = write(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    writer.save(2, STATE)
+    writer.wait()
+    assert "could not be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["0000001.pt"]
+    monkeypatch.undo()
+    writer.save(3, STATE)
+    writer.wait()
+    assert saved_steps(tmp_path) == [1, 3]
+
+
+def test_a_really_full_device(capsys):
+    """/dev/full refuses every byte: torch.save reports it in its own words."""
+    writer = CheckpointWriter("/dev", [], 2, 0)
+    original = checkpoint_files.atomic_file
+    checkpoint_files.atomic_file = lambda path: open("/dev/full", "wb")  # noqa: SIM115
+    try:
+        writer.save(1, STATE)
+        writer.wait()
+    finally:
+        checkpoint_files.atomic_file = original
+    assert "could not be written" in capsys.readouterr().err
+
+
+def test_other_failures_of_the_writing_thread_are_raised(tmp_path):
+    writer = CheckpointWriter(tmp_path, [], 2, 0)
+    writer.save(1, {"model": lambda: None})  # cannot be pickled
+    with pytest.raises(Exception, match="pickle"):
+        writer.wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_a_killed_writer_are_swept(tmp_path):
+    (tmp_path / ".0000007.pt.123.tmp").write_bytes(b"half")
+    CheckpointWriter(tmp_path, [], 2, 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 99,
+                                    lambda b: b[:900] + b"\xff\xfe" + b[902:]])  # fmt: skip
+def test_damage_is_seen(damage, tmp_path, capsys):
+    write(tmp_path, 1, 2)
+    newest = tmp_path / "0000002.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    assert not is_complete(newest)
+    assert newest_complete(tmp_path) == tmp_path / "0000001.pt"
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is not a complete PyTorch checkpoint"), (b"PK\x03\x04 half a zip", "not a complete"), (b"text", "")],
+)
+def test_files_that_are_no_checkpoints(content, message, tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(path)
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        read_checkpoint(tmp_path / "none.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds a list"):
+        read_checkpoint(tmp_path / "list.pt")
+    torch.save({"steps": 1}, tmp_path / "empty.pt")
+    with pytest.raises(UserError, match="holds no model weights"):
+        select_weights(read_checkpoint(tmp_path / "empty.pt"), "empty.pt")
+
+
+def test_weights_are_found_where_publishers_put_them():
+    w = {"w": torch.ones(1)}
+    for checkpoint in ({"model": w}, {"module": w}, {"state_dict": w}, w, {"model": {"module.w": w["w"]}}):
+        assert select_weights(checkpoint, "x") == (w, "raw")
+    both = {"model": w, "ema": {"w": torch.zeros(1)}}
+    assert select_weights(both, "x")[1] == "ema"
+    assert select_weights(both, "x", "raw") == (w, "raw")
+    with pytest.raises(UserError, match="holds no EMA weights; use --weights raw"):
+        select_weights({"model": w}, "x", "ema")
+
+
+def test_loading_is_strict():
+    model = torch.nn.Linear(2, 3)
+    for state, message in (
+        ({}, "2 tensors are missing, such as bias"),
+        ({**model.state_dict(), "more": torch.ones(1)}, "1 are unknown, such as more"),
+        ({**model.state_dict(), "bias": torch.ones(4)}, r"bias is \(4,\) in the file and \(3,\) in the model"),
+    ):
+        with pytest.raises(UserError, match=f"c.pt does not fit this model: .*{message}.*; check --flags"):
+            load_strict(model, state, "c.pt", "check --flags.")

@@ -1,0 +1,126 @@
+"""The shared launcher as users start it: several processes, several nodes, restarts, mistakes, other folders."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import free_port
+from tests.tiny_training import NO_DROPOUT, command, rows, tiny_store
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SMALL = {"--epochs": 40, "--ckpt-every": 10, "--log-every": 30, "--warmup-epochs": 0}  # 120 steps
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    return tiny_store(tmp_path_factory.mktemp("codes"))
+
+
+def start(arguments, log, cwd=None, **variables):
+    script = ROOT / "scripts/autoregressive/train_c2i.sh"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            ["bash", script, *map(str, arguments)], env=environment | ENVIRONMENT | variables, cwd=cwd,
+            stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+
+def ended(process, timeout=200) -> int:
+    try:
+        return process.wait(timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(condition, process, timeout=100):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, "the program ended early"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def workers_of(agent: int) -> list[int]:
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return [int(child) for child in children if b"train_c2i" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_from_any_folder_and_one_sentence_for_mistakes(codes, tmp_path):
+    (tmp_path / "utils").mkdir()  # must not shadow the project's own package
+    (tmp_path / "utils/__init__.py").write_text("raise ImportError('wrong utils')")
+    for processes in ("1", "2"):
+        log = tmp_path / f"log{processes}"
+        assert ended(start(["--code-path", "missing"], log, cwd=tmp_path, NPROC_PER_NODE=processes)) == 2
+        assert "error: there is no folder missing" in log.read_text()
+        assert "Traceback" not in log.read_text()
+        assert log.read_text().count("error: ") == 1
+
+
+def test_a_worker_that_dies_is_restarted_and_the_run_goes_on(codes, tmp_path):
+    """kill -9 of one of two workers: torchrun restarts both, they continue from the last checkpoint."""
+    arguments = command(codes, tmp_path, small=SMALL)
+    process = start(arguments, tmp_path / "log", NPROC_PER_NODE="2")
+    wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), process)
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
+    assert ended(process) == 0
+    assert "continuing" in (tmp_path / "log").read_text()
+    undisturbed = start(command(codes, tmp_path / "undisturbed", small=SMALL), tmp_path / "log2", NPROC_PER_NODE="2")
+    assert ended(undisturbed) == 0
+    assert rows(tmp_path) == rows(tmp_path / "undisturbed")
+
+
+def test_two_nodes_train_together_and_survive_the_loss_of_one(codes, tmp_path):
+    """Two torchrun agents, one rendezvous; the second is killed with its worker and started again; the run ends."""
+    arguments = command(codes, tmp_path, small=SMALL, no=NO_DROPOUT)
+    variables = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first = start(arguments, tmp_path / "log0", NODE_RANK="0", **variables)
+    second = start(arguments, tmp_path / "log1", NODE_RANK="1", **variables)
+    try:
+        wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), first)
+        for worker in workers_of(second.pid):
+            os.kill(worker, signal.SIGKILL)
+        os.killpg(second.pid, signal.SIGKILL)
+        again = start(arguments, tmp_path / "log1", NODE_RANK="1", **variables)
+        assert ended(first) == 0
+        assert ended(again) == 0
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "continuing" in (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    assert rows(tmp_path)[-1]["step"] == 120
+
+
+def test_slurm_variables_make_the_same_world(tmp_path):
+    """Under srun the launcher takes nodes, rank and first node from Slurm; python and scontrol stand in here."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, body in {"scontrol": "printf 'node7\\nnode8\\n'", "python": 'echo "$@"'}.items():
+        (bin_folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (bin_folder / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "12345"}
+    environment = os.environ | slurm | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "NPROC_PER_NODE": "8",
+                                        "PYTHON": str(bin_folder / "python")}  # fmt: skip
+    launched = subprocess.run(["bash", ROOT / "scripts/launch.sh", "some.module", "--flag"], env=environment, text=True,
+                              capture_output=True, check=True).stdout.split()  # fmt: skip
+    assert launched[:2] == ["-m", "utils.launch"]
+    expected = {"--nnodes=2", "--nproc-per-node=8", "--rdzv-id=12345", "--rdzv-conf=is_host=0",
+                "--rdzv-endpoint=node7:32345", "--rdzv-backend=c10d"}  # fmt: skip
+    assert expected <= set(launched)
+    assert launched[-3:] == ["-m", "some.module", "--flag"]
+
+
+def test_several_nodes_need_an_address():
+    environment = os.environ | {"NNODES": "2", "NPROC_PER_NODE": "1"}
+    environment.pop("MASTER_ADDR", None)
+    refused = subprocess.run(["bash", ROOT / "scripts/launch.sh", "m"], env=environment, text=True, capture_output=True)
+    assert refused.returncode == 2
+    assert "MASTER_ADDR is not set" in refused.stderr

@@ -1,0 +1,117 @@
+"""Entry points: one sentence and status 2 for mistakes of the user, and memory kept between steps."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from tests.processes import fork, wait
+from utils.files import atomic_file, sha256, write_json
+from utils.program import ERROR_MARKER, UserError, keep_memory_between_steps, run
+
+
+def outcome(error, tmp_path) -> tuple[int, str]:
+    def main():
+        raise error
+
+    status = wait(fork(lambda: run(main), tmp_path / "log"))
+    return status, (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (UserError("the path x is missing; give another."), "error: the path x is missing; give another.\n"),
+        (
+            OSError(errno.ENOSPC, "No space", "f"),
+            "error: the disk is full (f); free some space and run the same command",
+        ),
+        (PermissionError(errno.EACCES, "no", "f"), "error: no permission to write or read (f); choose another path"),
+    ],
+)
+def test_mistakes_of_the_user(error, sentence, tmp_path):
+    status, text = outcome(error, tmp_path)
+    assert status == 2
+    assert text.startswith(sentence)
+    assert text.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback(tmp_path):
+    status, text = outcome(ZeroDivisionError("bug"), tmp_path)
+    assert status == 1
+    assert "Traceback" in text
+
+
+def test_interruption(tmp_path):
+    assert outcome(KeyboardInterrupt(), tmp_path) == (130, "interrupted\n")
+
+
+def test_only_the_first_rank_reports_and_restarts_do_not_repeat(tmp_path, monkeypatch):
+    monkeypatch.setenv(ERROR_MARKER, str(tmp_path / "marker"))
+    assert outcome(UserError("wrong."), tmp_path) == (2, "error: wrong.\n")
+    assert outcome(UserError("wrong."), tmp_path) == (2, "error: wrong.\n")  # nothing was added to the log
+    assert outcome(RuntimeError("connection closed by the rank that left"), tmp_path) == (2, "error: wrong.\n")
+
+
+def faults_of_steps() -> int:
+    """Page faults of ten steps that allocate 4, 64 and 256 MB, after four to warm up."""
+
+    def step():
+        for megabytes in (4, 64, 256):
+            torch.ones(megabytes << 18)
+
+    for _ in range(4):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_the_allocator_keeps_memory_between_steps(tmp_path):
+    def count(prepare, in_thread=False):
+        def work():
+            prepare()
+            if in_thread:
+                thread = threading.Thread(target=lambda: print(faults_of_steps()))
+                thread.start()
+                thread.join()
+            else:
+                print(faults_of_steps())
+
+        (tmp_path / "faults").unlink(missing_ok=True)
+        assert wait(fork(work, tmp_path / "faults")) == 0
+        return int((tmp_path / "faults").read_text())
+
+    pages = 10 * (324 << 20) // resource.getpagesize()
+    assert count(lambda: None) > pages / 2
+    assert count(keep_memory_between_steps) < pages / 100
+    assert count(keep_memory_between_steps, in_thread=True) < pages / 100
+
+
+def test_a_user_who_has_set_the_allocator_wins(tmp_path):
+    script = (
+        "from utils import program\ncalls = []\n"
+        "class C: mallopt = staticmethod(lambda number, value: calls.append(number))\n"
+        "program.ctypes.CDLL = lambda name: C\nprogram.keep_memory_between_steps()\nprint(sorted(calls))"
+    )
+    run_with = lambda **env: subprocess.run([sys.executable, "-c", script], env=os.environ | env, text=True,  # noqa: E731
+                                            capture_output=True, check=True).stdout.strip()  # fmt: skip
+    assert run_with() == "[-8, -3, -2, -1]"
+    assert run_with(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_ARENA_MAX="4") == "[-3, -2]"
+
+
+def test_files_are_complete_or_absent(tmp_path):
+    with pytest.raises(TypeError), atomic_file(tmp_path / "deep/x") as file:
+        file.writelines([b"half", "not bytes"])
+    assert not list((tmp_path / "deep").iterdir())
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert (tmp_path / "x.json").read_text() == '{\n "a": 1\n}\n'
+    (tmp_path / "empty").touch()
+    assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
