@@ -67,11 +67,14 @@ def constant(name: str, array: np.ndarray, repeated: bool = False) -> bytes:
 
 
 class InceptionGraph:
-    """The graph of 2015-12-05 with every width divided by `narrower`, as bytes in `.nodes`."""
+    """The graph of 2015-12-05 with every width divided by `narrower`, as bytes in `.nodes`.
 
-    def __init__(self, narrower: int = 1, seed: int = 0) -> None:
+    `repeated` stores one number for every weight, which makes files of 200 kB: structure without content.
+    """
+
+    def __init__(self, narrower: int = 1, seed: int = 0, repeated: bool = False) -> None:
         self.random = np.random.default_rng(seed)
-        self.narrower = narrower
+        self.narrower, self.repeated = narrower, repeated
         self.nodes: list[bytes] = []
         self.channels = {"Mul": 3}  # of every layer's output
         self._preprocessing()
@@ -81,8 +84,11 @@ class InceptionGraph:
         self._mixed_8x8()
         self._classifier()
 
+    def content(self) -> bytes:
+        return b"".join(self.nodes)
+
     def save(self, path: Path) -> Path:
-        path.write_bytes(b"".join(self.nodes))
+        path.write_bytes(self.content())
         return path
 
     def _convolution(self, name: str, source: str, width: int, kernel: tuple[int, int], stride: int = 1,
@@ -94,7 +100,7 @@ class InceptionGraph:
         norm = f"{name}/batchnorm"
         moments = [f"{norm}/{part}" for part in ("moving_mean", "moving_variance", "beta", "gamma")]
         self.nodes += [
-            constant(f"{name}/conv2d_params", weight),
+            constant(f"{name}/conv2d_params", weight, self.repeated),
             node("Conv2D", f"{name}/Conv2D", [source, f"{name}/conv2d_params"], T=FLOAT,
                  strides=integers([1, stride, stride, 1]), padding=text(2, padding), use_cudnn_on_gpu=integer(5, 1)),
             constant(moments[2], near(0)),
@@ -219,8 +225,8 @@ class InceptionGraph:
         self.nodes += [
             constant("pool_3/_reshape/shape", np.array([1, width], np.int32)),
             node("Reshape", "pool_3/_reshape", [pooled, "pool_3/_reshape/shape"], T=FLOAT),
-            constant("softmax/weights", weight),
-            constant("softmax/biases", self.random.standard_normal(1008, dtype=np.float32)),
+            constant("softmax/weights", weight, self.repeated),
+            constant("softmax/biases", self.random.standard_normal(1008, dtype=np.float32), self.repeated),
             node("MatMul", "softmax/logits/MatMul", ["pool_3/_reshape", "softmax/weights"], T=FLOAT,
                  transpose_a=integer(5, 0), transpose_b=integer(5, 0)),
             node("BiasAdd", "softmax/logits", ["softmax/logits/MatMul", "softmax/biases"], T=FLOAT),

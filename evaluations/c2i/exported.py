@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from utils.program import UserError
 
@@ -26,11 +27,11 @@ def load_exported(path: Path, device: torch.device) -> nn.Module:
     _refuse_pickles(path)
     try:
         program = torch.export.load(str(path))
-        return torch.export.passes.move_to_device_pass(program, str(device)).module()
     except Exception as error:  # whatever a damaged or foreign archive makes PyTorch's reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be loaded as a torch.export program ({reason}); "
                         "export it again with the installed PyTorch.") from error  # fmt: skip
+    return move_to_device_pass(program, str(device)).module()
 
 
 def run_exported(network: nn.Module, images: Tensor, path: Path) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,17 +7,20 @@ and any exported PyTorch program.
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluations.c2i.exported import load_exported, run_exported
 from evaluations.c2i.frozen_graph import FrozenGraph
 from evaluations.c2i.graph_def import read_graph
+from evaluations.c2i.tensorflow_backend import receive, send
 from utils.files import sha256
 from utils.program import UserError
 
@@ -84,10 +87,9 @@ class InceptionFeatures:
         network = InceptionNetwork(graph).to(device).eval()
         if precision == "bf16":
             network.graph.bfloat16()  # pixels are normalised in float32, each convolution casts its input
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        forbid_tf32()
         torch.backends.cudnn.benchmark = True
-        self.network = network
+        self.network = self.run = network
         self.dimensions = lambda height, width: network.dimensions
         self.batch_size = 0
 
@@ -101,21 +103,14 @@ class InceptionFeatures:
         return Features(*(value[:count] for value in self._run(images)))
 
     def _run(self, images: Tensor) -> Features:
-        if self.compiled and not isinstance(self.network, torch._dynamo.eval_frame.OptimizedModule):
-            self._compile(images)
-        return self.network(images)
-
-    def _compile(self, images: Tensor) -> None:
-        """Compile with frozen weights; go on without where the machine lacks what compiling needs."""
-        plain = self.network
-        try:
-            with torch._inductor.config.patch(freezing=True):
-                self.network = torch.compile(plain, dynamic=False)
-                self.network(images)
-        except RuntimeError as error:
-            reason = (str(error).splitlines() or [""])[0]
-            print(f"note: torch.compile is not available here ({reason}); going on without it.", file=sys.stderr)
-            self.network, self.compiled = plain, False
+        if self.compiled and self.run is self.network:
+            try:
+                self.run = compile_frozen(self.network, images)
+            except RuntimeError as error:  # the machine lacks what compiling needs
+                reason = (str(error).splitlines() or [""])[0]
+                print(f"note: torch.compile does not work here ({reason}); going on without.", file=sys.stderr)
+                self.compiled = False
+        return self.run(images)
 
     def describe(self) -> dict[str, Any]:
         dtype = "bfloat16" if self.precision == "bf16" else "float32"
@@ -129,6 +124,7 @@ class ExportedFeatures:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, self.device = path, device
+        forbid_tf32()
         self.network = load_exported(path, device)
 
     @torch.no_grad()
@@ -157,15 +153,14 @@ class TensorFlowFeatures:
         self.dimensions = lambda height, width: network.dimensions
         command = [sys.executable, "-m", "evaluations.c2i.tensorflow_backend", str(graph), device.type]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.version = str(self._receive()[0])
+        self.version = str(self._receive())
 
     def __call__(self, images: Tensor) -> Features:
         try:
-            np.lib.format.write_array(self._pipe(self.process.stdin), images.numpy(), allow_pickle=False)
-            self.process.stdin.flush()
+            send(self.process.stdin, images.numpy())
         except BrokenPipeError:
             self._fail()
-        return Features(*(torch.from_numpy(array).to(self.device) for array in self._receive(3)))
+        return Features(*(torch.from_numpy(self._receive()).to(self.device) for _ in Features._fields))
 
     def describe(self) -> dict[str, Any]:
         return _description("inception", self.path, f"tensorflow {self.version}")
@@ -174,23 +169,30 @@ class TensorFlowFeatures:
         self.process.stdin.close()
         self.process.wait()
 
-    def _receive(self, count: int = 1) -> list[np.ndarray]:
-        pipe = self._pipe(self.process.stdout)
-        try:
-            return [np.lib.format.read_array(pipe, allow_pickle=False) for _ in range(count)]
-        except ValueError:  # the pipe ended
+    def _receive(self) -> np.ndarray:
+        array = receive(self.process.stdout)
+        if array is None:
             self._fail()
+        return array
 
-    @staticmethod
-    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-        if pipe is None:
-            raise RuntimeError("the TensorFlow process was started without pipes")
-        return pipe
-
-    def _fail(self) -> None:
+    def _fail(self) -> NoReturn:
         status = self.process.wait()
         raise UserError(f"the TensorFlow process ended with status {status} (its message is above); install it with "
                         "pip install -r evaluations/c2i/requirements.txt, or use --backend torch.")  # fmt: skip
+
+
+def forbid_tf32() -> None:
+    """Multiply float32 numbers as such on GPUs. (The newer `fp32_precision` makes torch.export fail afterwards.)"""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def compile_frozen(network: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
+    """`network` compiled for batches like `images`, its weights frozen into the code. `RuntimeError` if it fails."""
+    with torch._inductor.config.patch(freezing=True):
+        compiled = torch.compile(network, dynamic=False)
+        compiled(images)
+    return compiled
 
 
 def can_compile(device: torch.device) -> bool:

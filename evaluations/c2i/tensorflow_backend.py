@@ -3,11 +3,13 @@
     python -m evaluations.c2i.tensorflow_backend GRAPH.pb cpu|cuda
 
 First writes TensorFlow's version, then for every array of images read from standard input the arrays of pool and
-spatial features and logits, all in .npy format. Ends when its input ends. Never imports PyTorch.
+spatial features and logits. Ends when its input ends. Never imports PyTorch.
 """
 
+import io
 import os
 import sys
+from typing import IO
 
 import numpy as np
 
@@ -27,10 +29,10 @@ def main(graph_path: str, device: str) -> None:
 
     tf.config.experimental.enable_tensor_float_32_execution(False)
     session, images, features = _load(tf, graph_path)
-    _send(answers, np.array(tf.__version__))
-    while batch := _receive():
-        for array in session.run(features, {images: batch[0].astype(np.float32)}):
-            _send(answers, array)
+    send(answers, np.array(tf.__version__))
+    while (batch := receive(sys.stdin.buffer)) is not None:
+        for array in session.run(features, {images: batch.astype(np.float32)}):
+            send(answers, array)
 
 
 def _load(tf, graph_path: str):
@@ -51,16 +53,19 @@ def _load(tf, graph_path: str):
         return tf.compat.v1.Session(graph=graph), images, (pool, spatial, tf.matmul(pool, weight))
 
 
-def _send(pipe, array: np.ndarray) -> None:
-    np.lib.format.write_array(pipe, array, allow_pickle=False)
+def send(pipe: IO[bytes], array: np.ndarray) -> None:
+    """Write an array: its size in bytes as .npy (8 bytes), then that .npy."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    pipe.write(buffer.tell().to_bytes(8, "little") + buffer.getbuffer())
     pipe.flush()
 
 
-def _receive() -> list[np.ndarray]:
-    """The next array, in a list that is empty at the end of the input."""
-    if not sys.stdin.buffer.peek(1):
-        return []
-    return [np.lib.format.read_array(sys.stdin.buffer, allow_pickle=False)]
+def receive(pipe: IO[bytes]) -> np.ndarray | None:
+    """The next array that `send` wrote; None if the pipe has ended."""
+    size = int.from_bytes(pipe.read(8), "little")
+    content = pipe.read(size)
+    return np.load(io.BytesIO(content), allow_pickle=False) if content and len(content) == size else None
 
 
 if __name__ == "__main__":

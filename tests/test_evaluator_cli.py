@@ -1,0 +1,352 @@
+"""The evaluator as users start it: numbers, reports, warnings, own references and networks, and every refusal."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluations.c2i import evaluator
+from tests import adm_definitions
+from tests.inception_graph import InceptionGraph
+from tests.tensorflow_reference import graph_and_answers, needs_tensorflow, synthetic_images
+from utils.program import UserError
+from utils.program import run as run_program
+
+ROOT = Path(__file__).parents[1]
+
+
+class TinyClassifier(torch.nn.Module):
+    """The interface of own feature networks; its class is the brightest of the three channels."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        colour = images.mean((1, 2)) / 255  # (N, 3)
+        rows = images.mean(2).flatten(1)[:, :6] / 255
+        return torch.cat([colour, colour.square()], 1), rows, colour * 50
+
+
+@cache
+def tiny_network() -> Path:
+    path = Path(mkdtemp(prefix="npp-network-")) / "tiny.pt2"
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(TinyClassifier(), (torch.zeros(2, 16, 16, 3),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, path)
+    return path
+
+
+@pytest.fixture
+def sets(tmp_path) -> tuple[Path, Path]:
+    """A reference of 60 and a labelled sample of 45 images, 16 x 16."""
+    generated = synthetic_images(1, 45, 16, 16, contrast=0.7)
+    labels = generated.astype(np.float64).mean((1, 2)).argmax(1)
+    labels[:9] = (labels[:9] + 1) % 3  # nine are not what was asked for
+    np.savez(tmp_path / "ref.npz", arr_0=synthetic_images(0, 60, 16, 16))
+    np.savez(tmp_path / "sample.npz", arr_0=generated, labels=labels)
+    return tmp_path / "ref.npz", tmp_path / "sample.npz"
+
+
+def evaluate(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
+    evaluator.main()
+
+
+def refuse(monkeypatch, capsys, *arguments: object) -> str:
+    """What the program says when it ends with status 2."""
+    monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        run_program(evaluator.main)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_started_as_a_file_from_any_directory(sets, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "utils").mkdir(parents=True)
+    (elsewhere / "utils" / "__init__.py").write_text("raise SystemExit('the wrong utils')")
+    script = ROOT / "evaluations" / "c2i" / "evaluator.py"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, script, "../ref.npz", "../sample.npz", "--features", tiny_network()]
+    result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    titles = ["Inception Score", "FID", "sFID", "Precision", "Recall", "Recognised"]
+    assert [line.split(": ")[0] for line in lines[:6]] == titles
+    assert (tmp_path / "sample.txt").read_text().splitlines() == lines[:6]
+    command[2] = "nowhere.npz"
+    result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.strip().startswith("error: there is no file or folder nowhere.npz")
+    assert "\n" not in result.stderr.strip()
+
+
+def test_numbers_of_an_exported_network(sets, monkeypatch):
+    evaluate(monkeypatch, *sets, "--features", tiny_network(), "--distances", "exact", "--batch-size", 11)
+    report = json.loads(sets[1].with_suffix(".json").read_text())
+    real, generated = (TinyClassifier()(torch.from_numpy(np.load(path)["arr_0"]).float()) for path in sets)
+    metrics = report["metrics"]
+    assert metrics["fid"] == pytest.approx(adm_definitions.frechet_any_rank(real[0].numpy(), generated[0].numpy()))
+    assert metrics["sfid"] == pytest.approx(adm_definitions.frechet_any_rank(real[1].numpy(), generated[1].numpy()))
+    expected = adm_definitions.inception_score(generated[2].double().softmax(1).numpy())
+    assert metrics["inception_score"] == pytest.approx(expected, rel=1e-6)
+    expected = adm_definitions.precision_recall(real[0].numpy(), generated[0].numpy())
+    assert (metrics["precision"], metrics["recall"]) == pytest.approx(expected)
+    assert metrics["recognised"] == 36 / 45
+    assert report["network"]["backend"] == "torch.export"
+
+
+def test_the_json_holds_what_is_needed_to_trust_the_numbers(sets, monkeypatch):
+    evaluate(monkeypatch, *sets, "--features", tiny_network())
+    report = json.loads(sets[1].with_suffix(".json").read_text())
+    assert report["reference"] == {"name": "ref.npz", "path": str(sets[0]), "count": 60, "height": 16, "width": 16,
+                                   "precomputed_statistics": False}  # fmt: skip
+    assert report["sample"]["count"] == 45
+    assert report["sample"]["classes"] == 3
+    assert report["device"] == "cpu"
+    assert report["distances"] == {"arithmetic": "half", "half_overflowed": False, "neighbours": 3}
+    assert len(report["network"]["sha256"]) == 64
+    assert report["network"]["dtype"] == "float32"
+    assert report["network"]["tf32"] is False
+    assert report["versions"]["torch"] == torch.__version__
+    assert set(report["seconds"]) == {
+        "network", "reference features", "sample features", "fid and sfid", "precision and recall"
+    }  # fmt: skip
+
+
+def test_warnings_in_plain_words(sets, monkeypatch, capsys, tmp_path):
+    np.savez(tmp_path / "odd.npz", arr_0=synthetic_images(1, 45, 16, 16), labels=np.minimum(np.arange(45), 2))
+    evaluate(monkeypatch, sets[0], tmp_path / "odd.npz", "--features", tiny_network())
+    warnings = json.loads((tmp_path / "odd.json").read_text())["warnings"]
+    told = capsys.readouterr().err
+    assert all(f"warning: {warning}" in told for warning in warnings)
+    expected = [
+        "holds 45 images; published numbers use 50,000",
+        "holds 60 images; Precision and Recall are published with 10,000",
+        "no precomputed statistics",
+        "unbalanced: from 1 images (class 0) to 43 images (class 2)",
+    ]
+    for words in expected:
+        assert sum(words in warning for warning in warnings) == 1
+
+
+def small_graph(folder: Path) -> Path:
+    return InceptionGraph(32).save(folder / "graph.pb")
+
+
+def test_sizes_that_differ_and_singular_covariances_are_reported(sets, monkeypatch, tmp_path):
+    np.savez(tmp_path / "larger.npz", arr_0=synthetic_images(2, 8, 24, 16), labels=np.arange(8))
+    evaluate(monkeypatch, sets[0], tmp_path / "larger.npz", "--graph", small_graph(tmp_path))
+    report = json.loads((tmp_path / "larger.json").read_text())
+    assert sum("16 x 16 pixels and the sample of 24 x 16" in warning for warning in report["warnings"]) == 1
+    assert report["singular"] == {"fid": True, "sfid": True}
+    assert sum("are singular" in warning for warning in report["warnings"]) == 2
+    assert "recognised" not in report["metrics"]  # Inception's classes are not the labels
+    assert np.isfinite(list(report["metrics"].values())).all()
+
+
+def test_bf16_is_labelled(sets, monkeypatch, tmp_path):
+    graph = small_graph(tmp_path)
+    evaluate(monkeypatch, sets[1], sets[1], "--graph", graph, "--precision", "bf16", "--report", tmp_path / "own")
+    assert json.loads((tmp_path / "own.json").read_text())["network"]["dtype"] == "bfloat16"
+    assert (tmp_path / "own.txt").exists()
+    assert not sets[1].with_suffix(".txt").exists()
+
+
+def test_saved_statistics_replace_those_of_the_images(sets, monkeypatch, capsys, tmp_path):
+    own = tmp_path / "own.npz"
+    evaluate(monkeypatch, sets[0], "--save-stats", own, "--keep-images", 20, "--features", tiny_network())
+    assert "next: python3 evaluations/c2i/evaluator.py" in capsys.readouterr().out
+    images = np.load(sets[0])["arr_0"]
+    with np.load(own) as saved:
+        assert saved["arr_0"].shape == (20, 16, 16, 3)
+        np.testing.assert_array_equal(saved["arr_0"][[0, -1]], images[[0, -1]])
+        pool = TinyClassifier()(torch.from_numpy(images).float())[0].double().numpy()
+        np.testing.assert_allclose(saved["mu"], pool.mean(0), atol=1e-6)
+        np.testing.assert_allclose(saved["sigma"], np.cov(pool, rowvar=False), atol=1e-6)
+        assert saved["mu_s"].shape == (6,)
+        assert saved["sigma_s"].shape == (6, 6)
+    fids = []
+    for reference in (sets[0], own):
+        evaluate(monkeypatch, reference, sets[1], "--features", tiny_network())
+        report = json.loads(sets[1].with_suffix(".json").read_text())
+        fids.append((report["metrics"]["fid"], report["metrics"]["sfid"]))
+    assert fids[1] == pytest.approx(fids[0], rel=1e-9)  # of all 60 images, though the file holds 20
+    assert report["reference"]["precomputed_statistics"] is True
+    assert report["reference"]["count"] == 20
+    assert not any("no precomputed" in warning for warning in report["warnings"])
+    message = refuse(monkeypatch, capsys, own, sets[1], "--graph", small_graph(tmp_path))
+    assert "made with another feature network" in message
+
+
+def test_folders_of_images(sets, monkeypatch, tmp_path):
+    for path in sets:
+        folder = path.with_suffix("")
+        folder.mkdir()
+        for index, image in enumerate(np.load(path)["arr_0"]):
+            Image.fromarray(image).save(folder / f"{index:03}.png")
+    evaluate(monkeypatch, *sets, "--features", tiny_network(), "--report", tmp_path / "npz")
+    evaluate(monkeypatch, *(path.with_suffix("") for path in sets), "--features", tiny_network())
+    expected, actual = (json.loads((tmp_path / name).read_text())["metrics"] for name in ("npz.json", "sample.json"))
+    expected.pop("recognised")
+    assert actual == expected
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("narrower", [8, 1], ids=["small", "full width"])
+def test_both_backends_and_the_definitions_agree(narrower, monkeypatch, tmp_path):
+    graph, images, answers = graph_and_answers(narrower)
+    for name in ("real", "generated"):
+        np.savez_compressed(tmp_path / f"{name}.npz", arr_0=images[name])
+    pools = {}
+    original = evaluator.compare
+
+    def recorded(real, generated, *rest):
+        pools[backend] = torch.cat([real.pool, generated.pool])
+        return original(real, generated, *rest)
+
+    monkeypatch.setattr(evaluator, "compare", recorded)
+    reports = {}
+    for backend in ("torch", "tensorflow"):
+        evaluate(monkeypatch, tmp_path / "real.npz", tmp_path / "generated.npz", "--graph", graph, "--backend", backend)
+        reports[backend] = json.loads((tmp_path / "generated.json").read_text())
+    ours, theirs = (reports[backend]["metrics"] for backend in ("torch", "tensorflow"))
+    torch.testing.assert_close(pools["torch"], pools["tensorflow"], atol=5e-4, rtol=0)
+    for name in ("fid", "sfid", "inception_score"):
+        assert f"{ours[name]:.4g}" == f"{theirs[name]:.4g}" or ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    real, generated = (answers[f"{name}.pool"] for name in ("real", "generated"))
+    assert ours["fid"] == pytest.approx(adm_definitions.frechet_any_rank(real, generated), rel=1e-4)
+    real_s, generated_s = (answers[f"{name}.spatial"] for name in ("real", "generated"))
+    assert ours["sfid"] == pytest.approx(adm_definitions.frechet_any_rank(real_s, generated_s), rel=1e-4)
+    expected = adm_definitions.inception_score(answers["generated.probabilities"])
+    assert ours["inception_score"] == pytest.approx(expected, abs=1e-3)
+    for metrics in (ours, theirs):
+        expected = adm_definitions.precision_recall(real, generated, np.float16)
+        assert (metrics["precision"], metrics["recall"]) == pytest.approx(expected, abs=0.01)
+    assert reports["torch"]["network"]["backend"] == "torch"
+    assert reports["tensorflow"]["network"]["backend"].startswith("tensorflow 2")
+
+
+def test_tensorflow_is_not_imported_unless_asked_for():
+    code = "import sys, evaluations.c2i.evaluator; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_tensorflow_that_cannot_be_imported(sets, monkeypatch, capsys, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    message = refuse(monkeypatch, capsys, *sets, "--graph", small_graph(tmp_path), "--backend", "tensorflow")
+    assert "install it with pip install -r evaluations/c2i/requirements.txt" in message
+
+
+def with_labels(folder: Path, labels: np.ndarray) -> Path:
+    np.savez(folder / "labelled.npz", arr_0=synthetic_images(1, len(labels), 16, 16), labels=labels)
+    return folder / "labelled.npz"
+
+
+def test_refusals(sets, monkeypatch, capsys, tmp_path):
+    reference, sample = sets
+    network = ("--features", tiny_network())
+
+    def refusal(*arguments):
+        return refuse(monkeypatch, capsys, *arguments)
+
+    np.savez(tmp_path / "few.npz", arr_0=synthetic_images(0, 3, 16, 16))
+    assert "holds 3 images; a covariance needs" in refusal(reference, tmp_path / "few.npz", *network)
+    np.savez(tmp_path / "float.npz", arr_0=np.full((5, 8, 8, 3), np.nan, np.float32))
+    assert "images must be uint8" in refusal(reference, tmp_path / "float.npz", *network)
+    sample_size = with_labels(tmp_path, np.full(5, 3))
+    assert "labels from 3 to 3, but the feature network knows 3 classes" in refusal(reference, sample_size, *network)
+    np.savez(tmp_path / "other.npz", arr_0=np.load(reference)["arr_0"], mu=np.zeros(2048), sigma=np.eye(2048))
+    assert "the reference belongs to another network" in refusal(tmp_path / "other.npz", sample, *network)
+    np.savez(tmp_path / "nan.npz", arr_0=np.load(reference)["arr_0"], mu=np.full(6, np.nan), sigma=np.eye(6))
+    assert "holds NaN or infinite numbers" in refusal(tmp_path / "nan.npz", sample, *network)
+    assert "there is no exported network" in refusal(reference, sample, "--features", tmp_path / "none.pt2")
+    assert "is not a torch.export file" in refusal(reference, sample, "--features", __file__)
+    np.savez(tmp_path / "larger.npz", arr_0=synthetic_images(0, 5, 24, 24))
+    assert "does not accept images of shape" in refusal(reference, tmp_path / "larger.npz", *network)
+    assert "there is no graph file" in refusal(reference, sample, "--graph", tmp_path / "none.pb")
+    assert "is not a frozen TensorFlow graph" in refusal(reference, sample, "--graph", __file__)
+    assert "cannot be used" in refusal(reference, sample, *network, "--device", "abacus")
+    assert "give REFERENCE and SAMPLE" in refusal(reference, *network)
+    assert "--batch-size must be" in refusal(reference, sample, *network, "--batch-size", 0)
+    assert "bf16 works with" in refusal(reference, sample, *network, "--precision", "bf16")
+    assert not sample.with_suffix(".txt").exists()
+    assert not sample.with_suffix(".json").exists()
+
+
+def test_features_that_are_not_finite(sets, monkeypatch, capsys, tmp_path):
+    broken = InceptionGraph(32, repeated=True).content().replace(np.float32(0.001).tobytes(), np.float32(-9).tobytes())
+    (tmp_path / "graph.pb").write_bytes(broken)  # the root of a negative variance
+    message = refuse(monkeypatch, capsys, *sets, "--graph", tmp_path / "graph.pb")
+    assert "gives NaN or infinite features" in message
+
+
+def test_exported_networks_with_another_result(sets, monkeypatch, capsys, tmp_path):
+    class Pair(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((1, 2)), images.mean(1)
+
+    path = tmp_path / "other.pt2"
+    torch.export.save(torch.export.export(TinyClassifier(), (torch.zeros(4, 16, 16, 3),)), path)
+    message = refuse(monkeypatch, capsys, *sets, "--features", path)
+    assert "export it for this image size with a dynamic batch dimension" in message
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(Pair(), (torch.zeros(2, 16, 16, 3),), dynamic_shapes=shapes), path)
+    assert "it must return (pool (N, D)" in refuse(monkeypatch, capsys, *sets, "--features", path)
+
+
+def rewritten(path: Path, ending: str, content: bytes) -> Path:
+    """A copy of the tiny network in which the part with this ending holds something else."""
+    with zipfile.ZipFile(tiny_network()) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+        assert any(name.endswith(ending) for name in source.namelist())
+        for name in source.namelist():
+            target.writestr(name, content if name.endswith(ending) else source.read(name))
+    return path
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_exported_networks_are_not_unpickled(sets, monkeypatch, capsys, tmp_path):
+    sprung, path = tmp_path / "sprung", tmp_path / "trap.pt2"
+    buffer = io.BytesIO()
+    torch.save(Trap(sprung), buffer)
+    for ending, content in (
+        ("sample_inputs/model.pt", buffer.getvalue()),
+        ("weights_config.json", b'{"config": {"w": {"path_name": "weight_0", "use_pickle": true}}}'),
+        ("constants_config.json", b'{"config": {"w": {"path_name": "custom_obj_0", "use_pickle": true}}}'),
+    ):
+        message = refuse(monkeypatch, capsys, *sets, "--features", rewritten(path, ending, content))
+        assert "holds pickled objects" in message
+    assert "is not a torch.export file" in refuse(
+        monkeypatch, capsys, *sets, "--features", rewritten(path, "weights_config.json", b"{")
+    )
+    assert "cannot be loaded" in refuse(
+        monkeypatch, capsys, *sets, "--features", rewritten(path, "models/model.json", b"{}")
+    )
+    assert not sprung.exists()
+
+
+def test_reports_are_whole_or_absent(sets, monkeypatch):
+    def full(*_):
+        raise UserError("disk")
+
+    monkeypatch.setattr("evaluations.c2i.report.write_json", full)
+    with pytest.raises(UserError):
+        evaluate(monkeypatch, *sets, "--features", tiny_network())
+    assert not sets[1].with_suffix(".json").exists()

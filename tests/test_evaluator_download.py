@@ -1,0 +1,109 @@
+"""Fetching the graph from a server on this machine: whole, resumed, cut short, wrong."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from evaluations.c2i import features
+from evaluations.c2i.download import cache_folder, cached_graph
+from tests.inception_graph import InceptionGraph
+from utils.program import UserError
+
+CONTENT = InceptionGraph(32, repeated=True).content()
+NAME = "classify_image_graph_def.pb"
+
+
+class Server(ThreadingHTTPServer):
+    content, honours_range, stops_after, status = CONTENT, True, None, 200
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.ranges: list[str | None] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/{NAME}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.honours_range else 0
+        if self.server.status != 200 or start >= len(self.server.content):
+            return self.send_error(416 if self.server.status == 200 else self.server.status)
+        body = self.server.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.server.stops_after])
+
+    def log_message(self, *_) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def accept(path: Path) -> None:
+    features.InceptionNetwork(path)
+
+
+def test_downloaded_once(server, tmp_path):
+    for _ in range(2):
+        path = cached_graph(accept, server.url, tmp_path)
+        assert path == tmp_path / NAME
+        assert path.read_bytes() == CONTENT
+    assert server.ranges == [None]
+    assert [file.name for file in tmp_path.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize("honours_range", [True, False])
+def test_a_broken_download_is_resumed(server, tmp_path, honours_range):
+    server.stops_after = 1_000
+    with pytest.raises(UserError, match=f"stopped after 1000 of {len(CONTENT)} bytes; run the same command again"):
+        cached_graph(accept, server.url, tmp_path)
+    assert not (tmp_path / NAME).exists()
+    server.stops_after, server.honours_range = None, honours_range
+    assert cached_graph(accept, server.url, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=1000-"]
+
+
+def test_a_download_that_was_complete_but_not_renamed(server, tmp_path):
+    (tmp_path / NAME).with_suffix(".part").write_bytes(CONTENT)
+    assert cached_graph(accept, server.url, tmp_path).read_bytes() == CONTENT
+
+
+def test_something_else_is_refused_and_removed(server, tmp_path):
+    server.content = b"<html>log in to the hotel's network</html>"
+    with pytest.raises(UserError, match="is not the expected graph"):
+        cached_graph(accept, server.url, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_of_other_widths_is_not_the_published_one(server, tmp_path):
+    with pytest.raises(UserError, match=r"classifier has the shape .* instead of \(2048, 1008\)"):
+        cached_graph(features.check_published_graph, server.url, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_server_errors_and_no_server(server, tmp_path):
+    server.status = 404
+    with pytest.raises(UserError, match=r"could not be downloaded .*404.* name it with --graph"):
+        cached_graph(accept, server.url, tmp_path)
+    with pytest.raises(UserError, match="could not be downloaded .* name it with --graph"):
+        cached_graph(accept, "http://127.0.0.1:9/graph.pb", tmp_path)
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("NPP_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "next-patch-prediction"
+    monkeypatch.setenv("NPP_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"

@@ -1,0 +1,284 @@
+"""The Inception graph: our interpreter against TensorFlow, and what it says about files that it cannot run."""
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations.c2i import features, frozen_graph, graph_def
+from evaluations.c2i.features import InceptionFeatures, InceptionNetwork
+from evaluations.c2i.frozen_graph import FrozenGraph
+from evaluations.c2i.graph_def import read_graph
+from tests.inception_graph import FLOAT, InceptionGraph, constant, integer, integers, node, text
+from tests.tensorflow_reference import graph_and_answers, needs_tensorflow, synthetic_images
+from utils.program import UserError
+
+CPU = torch.device("cpu")
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("narrower", [8, 1], ids=["small", "full width"])
+def test_features_equal_tensorflow(narrower):
+    graph, images, answers = graph_and_answers(narrower)
+    network = InceptionFeatures(graph, CPU)
+    for name, array in images.items():
+        ours = network(torch.from_numpy(array))
+        assert ours.pool.dtype == torch.float32
+        np.testing.assert_allclose(ours.pool, answers[f"{name}.pool"], atol=2e-4, rtol=0)
+        np.testing.assert_allclose(ours.spatial, answers[f"{name}.spatial"], atol=2e-4, rtol=0)
+        np.testing.assert_allclose(ours.logits.softmax(1), answers[f"{name}.probabilities"], atol=2e-4, rtol=0)
+    assert answers["real.pool"].shape[1] == (2048 if narrower == 1 else 256)
+    assert answers["real.spatial"].shape[1] == 2023
+    assert network.network.dimensions == (answers["real.pool"].shape[1], 2023)
+
+
+@pytest.fixture(scope="module")
+def small_graph(tmp_path_factory) -> Path:
+    return InceptionGraph(16).save(tmp_path_factory.mktemp("graph") / "graph.pb")
+
+
+def test_bf16_features_are_close_and_float32_ones_do_not_depend_on_the_batch(small_graph):
+    images = torch.from_numpy(synthetic_images(0, 6))
+    network = InceptionFeatures(small_graph, CPU)
+    full = network(images)
+    torch.testing.assert_close(network(images[2:3]).pool, full.pool[2:3], atol=1e-5, rtol=0)
+    rounded = InceptionFeatures(small_graph, CPU, "bf16")
+    coarse = rounded(images)
+    assert coarse.pool.dtype == torch.float32
+    error = (coarse.pool - full.pool).norm() / full.pool.norm()
+    assert 1e-4 < error < 0.05
+    assert rounded.describe()["dtype"] == "bfloat16"
+    assert network.describe()["dtype"] == "float32"
+
+
+def test_batch_norm_and_relu_are_folded_into_the_convolutions(small_graph):
+    network = InceptionNetwork(small_graph)
+    layers = list(network.graph.layers)
+    convolutions = [layer for layer in layers if isinstance(layer, frozen_graph.Convolution)]
+    assert len(convolutions) == 94
+    assert all(layer.relu and layer.bias.any() for layer in convolutions)
+    assert not any(isinstance(layer, torch.nn.ReLU) for layer in layers)
+    assert len(layers) == 94 + 9 + 5 + 11 + 3  # convolutions, average and max pools, joins, resize, sub, mul
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_and_frozen_layers_give_the_same_values(small_graph):
+    stem = FrozenGraph(read_graph(small_graph), "ExpandDims", ("pool",)).eval()
+    images = torch.from_numpy(synthetic_images(0, 2)).float()
+    with torch.no_grad():
+        compiled = features.compile_frozen(stem, images)
+        torch.testing.assert_close(compiled(images)[0], stem(images)[0], atol=1e-5, rtol=0)
+
+
+def test_without_a_compiler_features_are_computed_all_the_same(small_graph, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no C++ compiler\nlong story")
+
+    monkeypatch.setattr(features, "compile_frozen", fail)
+    network = InceptionFeatures(small_graph, CPU, compiled=True)
+    images = torch.from_numpy(synthetic_images(0, 3))
+    expected = InceptionFeatures(small_graph, CPU)(images)
+    torch.testing.assert_close(network(images), expected)
+    assert network.describe()["compiled"] is False
+    assert "no C++ compiler" in capsys.readouterr().err
+
+
+def test_compiled_networks_see_batches_of_one_size(small_graph, monkeypatch):
+    sizes = []
+
+    def record(network, _):
+        return lambda images: sizes.append(len(images)) or network(images)
+
+    monkeypatch.setattr(features, "compile_frozen", record)
+    network = InceptionFeatures(small_graph, CPU, compiled=True)
+    images = torch.from_numpy(synthetic_images(0, 5))
+    first, rest = network(images[:3]), network(images[3:])
+    assert sizes == [3, 3]
+    expected = InceptionFeatures(small_graph, CPU)(images).pool
+    torch.testing.assert_close(torch.cat([first.pool, rest.pool]), expected, atol=1e-5, rtol=0)
+
+
+def test_resize_is_that_of_tensorflow_1():
+    x = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 2, 4)
+    out = frozen_graph.ResizeBilinear(3, 6)(x)
+    torch.testing.assert_close(
+        out[0, 0, 1], torch.tensor([0, 2 / 3, 4 / 3, 2, 8 / 3, 3])
+    )  # i · 4/6, clamped at the edge
+
+
+def test_average_pool_does_not_count_padding():
+    out = frozen_graph.Pool(frozen_graph.average_pool, (3, 3), (1, 1), "SAME")(torch.ones(1, 1, 4, 4))
+    torch.testing.assert_close(out, torch.ones(1, 1, 4, 4))
+
+
+# Small graphs by hand: a start, then the nodes in question.
+
+
+def run(nodes: list[bytes], output: str, images: torch.Tensor, tmp_path: Path) -> torch.Tensor:
+    path = tmp_path / "graph.pb"
+    path.write_bytes(b"".join(nodes))
+    network = FrozenGraph(read_graph(path), "image", (output,))
+    network.output_shapes(*images.shape[1:3])
+    return network(images)[0]
+
+
+def concat(name: str, *sources: str, dimension: int = 3) -> list[bytes]:
+    return [constant(f"{name}/dim", np.array(dimension, np.int32)), node("Concat", name, [f"{name}/dim", *sources])]
+
+
+def test_nested_joins_and_values_used_twice(tmp_path):
+    nodes = concat("inner", "image", "image") + concat("outer", "inner:0", "image", "inner")
+    images = torch.rand(2, 5, 4, 3)
+    out = run(nodes, "outer", images, tmp_path)
+    torch.testing.assert_close(out, images.permute(0, 3, 1, 2).repeat(1, 5, 1, 1))
+
+
+def test_a_constant_may_be_one_repeated_number_or_end_in_one(tmp_path):
+    partly = text(8, integer(1, 1) + text(2, text(2, integer(1, 4))) + text(5, np.float32([1, 2]).tobytes()))
+    path = tmp_path / "graph.pb"
+    one = constant("one", np.full((2, 3), 7, np.float32), repeated=True)
+    path.write_bytes(node("Const", "partly", value=partly) + one)
+    nodes = read_graph(path)
+    assert nodes["partly"].constant().tolist() == [1, 2, 2, 2]
+    assert nodes["one"].constant().tolist() == [[7] * 3] * 2
+
+
+@pytest.mark.parametrize("versions", [b"", text(4, integer(1, 8))], ids=["without versions", "with versions"])
+def test_graphs_with_and_without_a_versions_field(tmp_path, versions):
+    images = torch.rand(1, 4, 4, 3)
+    out = run([node("Relu", "relu", ["image"], T=FLOAT), versions], "relu", images, tmp_path)
+    torch.testing.assert_close(out, images.permute(0, 3, 1, 2))
+
+
+def test_a_convolution_used_twice_is_not_folded(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(1, 1, 3, 3)).astype(np.float32)
+    nodes = [constant("weight", weight),
+             node("Conv2D", "conv", ["image", "weight"], strides=integers([1, 1, 1, 1]), padding=text(2, "SAME")),
+             node("Relu", "relu", ["conv"])] + concat("both", "conv", "relu")  # fmt: skip
+    out = run(nodes, "both", torch.rand(1, 4, 4, 3) - 0.5, tmp_path)
+    torch.testing.assert_close(out[:, 3:], out[:, :3].relu())
+    assert (out[:, :3] < 0).any()
+
+
+POOL = {"ksize": integers([1, 3, 3, 1]), "strides": integers([1, 2, 2, 1]), "padding": text(2, "SAME")}
+CONV = {"strides": integers([1, 1, 1, 1]), "padding": text(2, "VALID")}
+WEIGHT = constant("weight", np.ones((3, 3, 3, 2), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "complaint"),
+    [
+        ([node("Sin", "x", ["image"])], "unknown operation 'Sin'"),
+        ([node("Relu", "y", ["image"])], "no node 'x'"),
+        ([node("Relu", "x", ["y"]), node("Relu", "y", ["x"])], "depends on itself"),
+        ([node("Relu", "x")], "no inputs|index"),
+        ([node("MaxPool", "x", ["image"], **POOL)], "not symmetric"),
+        ([node("MaxPool", "x", ["image"], **POOL | {"padding": text(2, "FULL")})], "padding 'FULL'"),
+        ([node("MaxPool", "x", ["image"], **POOL | {"ksize": integers([1, 0, 3, 1])})], "ksize"),
+        ([node("MaxPool", "x", ["image"], **POOL | {"ksize": integers([2, 3, 3, 1])})], "ksize"),
+        ([node("MaxPool", "x", ["image"], padding=text(2, "VALID"))], "has no 'ksize'"),
+        ([node("Conv2D", "x", ["image", "weight"], **CONV)], "'weight' is missing"),
+        ([WEIGHT, node("Conv2D", "x", ["image", "weight"], **CONV, dilations=integers([1, 2, 2, 1]))], "dilated"),
+        ([WEIGHT, node("Conv2D", "x", ["image", "weight"], **CONV, data_format=text(2, "NCHW"))], "NCHW"),
+        ([constant("weight", np.ones((1, 1, 4, 2), np.float32)), node("Conv2D", "x", ["image", "weight"], **CONV)],
+         "does not fit"),
+        ([node("Identity", "weight", ["image"]), node("Conv2D", "x", ["image", "weight"], **CONV)], "be a constant"),
+        (concat("x", "image", "image", dimension=1), "another dimension"),
+        ([constant("size", np.array([299, 299], np.int32)),
+          node("ResizeBilinear", "x", ["image", "size"], align_corners=integer(5, 1))], "TensorFlow 1"),
+        ([constant("size", np.array([9, -1], np.int32)), node("ResizeBilinear", "x", ["image", "size"])], "a size of"),
+        ([constant("y", np.ones(3, np.float32)), node("Sub", "x", ["image", "y"])], "not one number"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_faithfully_is_refused_by_name(tmp_path, nodes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        run(nodes, "x", torch.rand(1, 8, 8, 3), tmp_path)
+
+
+def test_a_chain_of_joins_cannot_exhaust_memory(tmp_path):
+    nodes = concat("x0", "image", "image")
+    for index in range(1, 60):
+        nodes += concat(f"x{index}", f"x{index - 1}", f"x{index - 1}")
+    path = tmp_path / "graph.pb"
+    path.write_bytes(b"".join(nodes))
+    with pytest.raises(UserError, match="one image takes more than"):
+        FrozenGraph(read_graph(path), "image", ("x59",)).output_shapes(32, 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "not a frozen TensorFlow graph"),
+        (b"PK\x03\x04 something else entirely", "not a frozen TensorFlow graph"),
+        (b"\x00" * 1000, "not a frozen TensorFlow graph"),
+        (text(1, b"\xff" * 20), "number"),
+        (text(1, text(1, b"\xff\xfe") + text(2, "Relu")), "UTF-8"),
+        (text(1, text(1, "x")), "without a name or an operation"),
+        (b"\x0a\xff\xff\xff\xff\x0f", "ends after its message"),
+        (node("Relu", "x", ["y"]), "no node"),
+    ],
+)
+def test_files_that_are_not_the_graph(tmp_path, content, complaint):
+    path = tmp_path / "graph.pb"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        InceptionNetwork(path)
+
+
+def test_missing_graph_file(tmp_path):
+    for path in (tmp_path / "none.pb", tmp_path):
+        with pytest.raises(UserError, match="there is no graph file"):
+            InceptionNetwork(path)
+
+
+def test_constants_cannot_exhaust_memory(tmp_path):
+    huge = text(8, integer(1, 1) + text(2, text(2, integer(1, 1 << 20)) * 3) + text(5, np.float32(1).tobytes()))
+    path = tmp_path / "graph.pb"
+    path.write_bytes(node("Const", "huge", value=huge))
+    with pytest.raises(ValueError, match="has the shape"):
+        read_graph(path)["huge"].constant()
+
+
+def test_too_many_nodes_or_fields(tmp_path, monkeypatch):
+    path = tmp_path / "graph.pb"
+    path.write_bytes(node("Relu", "x", ["y"]) * 30)
+    monkeypatch.setattr(graph_def, "MAX_NODES", 20)
+    with pytest.raises(UserError, match="more than 20 nodes"):
+        read_graph(path)
+    monkeypatch.setattr("evaluations.c2i.protobuf.MAX_FIELDS", 10)
+    with pytest.raises(UserError, match="more than 10 fields"):
+        read_graph(path)
+
+
+def test_mutated_graphs_never_crash_hang_or_fill_memory(tmp_path):
+    """Bytes flipped, removed, inserted and cut: every file is either run or refused with a sentence."""
+    content = InceptionGraph(32, repeated=True).content()
+    generator = random.Random(0)
+    path = tmp_path / "graph.pb"
+    refused, start = 0, time.monotonic()
+    for _ in range(150):
+        mutated = bytearray(content)
+        for _ in range(generator.choice([1, 3, 30])):
+            position = generator.randrange(len(mutated))
+            kind = generator.randrange(4)
+            if kind == 0:
+                mutated[position] = generator.randrange(256)
+            elif kind == 1:
+                del mutated[position : position + generator.randrange(1, 40)]
+            elif kind == 2:
+                mutated[position:position] = generator.randbytes(generator.randrange(1, 12))
+            else:
+                mutated[position] ^= 1 << generator.randrange(8)
+        if generator.random() < 0.1:
+            del mutated[generator.randrange(len(mutated)) :]
+        path.write_bytes(mutated)
+        try:
+            InceptionNetwork(path)
+        except UserError:
+            refused += 1
+    assert refused > 50
+    assert time.monotonic() - start < 200
