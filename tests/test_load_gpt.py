@@ -1,0 +1,117 @@
+"""Building a GPT from a file: every published layout loads strictly, and contradictions are refused in one sentence."""
+
+import argparse
+
+import pytest
+import torch
+
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.load import build_gpt
+from utils.program import UserError
+
+SETTINGS = dict(block_size=16, grid=(4, 4), num_classes=10, vocab_size=64)
+BUILD = dict(grid=(4, 4), num_classes=10, vocab_size=64)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(0)
+    model = GPT_models["GPT-Tiny"](**SETTINGS).eval()
+    torch.nn.init.normal_(model.output.weight)
+    return model
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(**contents):
+        torch.save(contents.pop("bare", contents), tmp_path / "c2i.pt")
+        return tmp_path / "c2i.pt"
+
+    return write
+
+
+@pytest.mark.parametrize("layout", ["model", "module", "state_dict", "bare"])
+def test_every_layout_gives_the_same_model(model, save, layout):
+    loaded, info = build_gpt("GPT-Tiny", save(**{layout: model.state_dict()}), **BUILD)
+    codes, labels = torch.randint(64, (2, 16)), torch.tensor([1, 2])
+    torch.testing.assert_close(loaded(codes, labels)[0], model(codes, labels)[0], rtol=0, atol=0)
+    assert (info.weights, info.steps, info.grid_known) == ("raw", None, False)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_published_files_with_a_namespace(model, save):
+    args = argparse.Namespace(gpt_model="GPT-Tiny", image_size=64, downsample_size=16, num_classes=10, vocab_size=64)
+    path = save(model=model.state_dict(), steps=9, args=args)
+    info = build_gpt("GPT-Tiny", path, **BUILD)[1]
+    assert info.grid_known
+    assert info.steps == 9
+    assert "raw weights" in str(info)
+    with pytest.raises(UserError, match=r"trained on grids of 4x4 codes \(--image-size 64\), not 8x8"):
+        build_gpt("GPT-Tiny", path, **BUILD | dict(grid=(8, 8)))
+
+
+def test_ema_weights_are_taken_unless_told_otherwise(model, save):
+    ema = {name: value + 1 for name, value in model.state_dict().items()}
+    path = save(model=model.state_dict(), ema=ema)
+    for choice, expected in (("auto", "ema"), ("ema", "ema"), ("raw", "raw")):
+        loaded, info = build_gpt("GPT-Tiny", path, **BUILD, weights=choice)
+        assert info.weights == expected
+        torch.testing.assert_close(
+            loaded.norm.weight, (ema if expected == "ema" else model.state_dict())["norm.weight"]
+        )
+
+
+def test_weights_are_cast_but_rotary_tables_stay_in_float32(model, save):
+    loaded, _ = build_gpt("GPT-Tiny", save(model=model.state_dict()), **BUILD, dtype=torch.bfloat16)
+    assert loaded.output.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.rope_1, model.rope_1)
+    assert generate(loaded, torch.tensor([1]), 16, 2.0).shape == (1, 16)
+
+
+def test_fewer_key_value_heads_and_no_null_class_are_found_in_the_file(save):
+    model = GPT_models["GPT-Tiny"](**SETTINGS, n_kv_head=2, class_dropout_prob=0.0)
+    path = save(model=model.state_dict(), config={"gpt_model": "GPT-Tiny", "n_kv_head": 2})
+    loaded, _ = build_gpt("GPT-Tiny", path, **BUILD)
+    assert loaded.args.n_kv_head == 2
+    assert loaded.cls_embedding.embedding_table.num_embeddings == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("GPT-Huge", {}, "there is no model GPT-Huge; --gpt-model is one of GPT-Tiny, GPT-B"),
+        ("GPT-B", {}, "holds GPT-Tiny, not GPT-B; give --gpt-model GPT-Tiny"),
+        ("GPT-Tiny", dict(num_classes=1000), "trained with --num-classes 10, not 1000; give --num-classes 10"),
+        ("GPT-Tiny", dict(vocab_size=16384), "trained with --codebook-size 64, not 16384; give --codebook-size 64"),
+        ("GPT-Tiny", dict(weights="ema"), "holds no EMA weights"),
+    ],
+)
+def test_bare_files_are_known_by_their_shapes(model, save, name, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        build_gpt(name, save(bare=model.state_dict()), **BUILD | changes)
+
+
+def test_fsdp_exports(model, save):
+    assert build_gpt("GPT-Tiny", save(bare=model.state_dict()), **BUILD, from_fsdp=True)
+    with pytest.raises(UserError, match="not a bare state dict"):
+        build_gpt("GPT-Tiny", save(model=model.state_dict()), **BUILD, from_fsdp=True)
+
+
+def test_files_that_do_not_fit(model, save, tmp_path):
+    state = model.state_dict()
+    state["unknown"] = state.pop("norm.weight")
+    with pytest.raises(UserError, match="1 tensors are missing, such as norm.weight; 1 are unknown, such as unknown"):
+        build_gpt("GPT-Tiny", save(model=state), **BUILD)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        build_gpt("GPT-Tiny", tmp_path / "nowhere.pt", **BUILD)
+    (tmp_path / "cut.pt").write_bytes(save(model=model.state_dict()).read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a complete PyTorch checkpoint|not read, for safety"):
+        build_gpt("GPT-Tiny", tmp_path / "cut.pt", **BUILD)
+
+
+def test_a_model_of_an_unknown_size_is_described(save):
+    state = {"tok_embeddings.weight": torch.zeros(64, 100), "layers.0.x": torch.zeros(1), "norm.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match="holds a model of 1 layers and width 100, not GPT-Tiny"):
+        build_gpt("GPT-Tiny", save(bare=state), **BUILD)
