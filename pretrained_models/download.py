@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
@@ -54,7 +54,10 @@ def download(name: str, folder: Path = FOLDER) -> Path:
         part = target.with_name(f".{target.name}.{version}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as stream:
-            if stream.tell() != remote.size:
+            if stream.tell() > remote.size:
+                stream.seek(0)
+                stream.truncate()
+            if stream.tell() < remote.size:
                 http_get(url, stream, resume_size=stream.tell(), headers=build_hf_headers(), expected_size=remote.size)
     except Exception as error:
         raise _explained(error, name, file) from error
@@ -68,7 +71,8 @@ def download(name: str, folder: Path = FOLDER) -> Path:
 def _explained(error: Exception, name: str, file: PublishedFile) -> Exception:
     """The sentence for a failed download; `error` itself where there is none to say."""
     again = f"run the same command again to continue: bash scripts/download.sh {name}"
-    if isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
+    names = {cls.__name__ for cls in type(error).__mro__}  # of whichever HTTP client this version of the hub uses
+    if names & {"ConnectionError", "ConnectError", "ConnectTimeout", "LocalEntryNotFoundError"}:
         return UserError(
             f"the Hugging Face hub cannot be reached for {name}; check the network (or HF_ENDPOINT), then {again}"
         )
@@ -79,7 +83,7 @@ def _explained(error: Exception, name: str, file: PublishedFile) -> Exception:
         return UserError(f"the hub refused {name} ({str(error).splitlines()[0]}); {again}")
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return UserError(f"{name} arrived with another size than the hub announced; {again}")
-    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
+    if names & {"TransportError", "RequestException", "TimeoutError"}:
         return UserError(f"the download of {name} broke off ({type(error).__name__}); {again}")
     return error
 
