@@ -4,7 +4,6 @@ python -m dataset.convert_codes --codes IN/imagenet256_codes --output OUT/imagen
 """
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from dataset.code_store import PACKED, PUBLISHED, CodeStore, open_store
 from dataset.code_writer import codes_dtype, write_packed, write_published
-from dataset.image_folder import list_image_folder
+from dataset.image_folder import file_sizes, list_image_folder
 from utils.program import UserError, run
 from utils.progress import progress
 
@@ -41,7 +40,7 @@ def pack(store: CodeStore, output: Path, codebook_size: int, data_path: Path | N
         if not np.array_equal(folder.labels, labels):
             raise UserError(f"{data_path} does not hold the images of {store.path} ({len(folder):,} images, or "
                             "other classes); give the folder they came from, or leave --data-path out.")  # fmt: skip
-        sources = [(path, os.stat(folder.path(image)).st_size) for image, path in enumerate(folder.paths)]
+        sources = file_sizes(folder)
         meta = replace(meta, class_names=folder.class_names)
     size = meta.codebook_size or codebook_size
     meta = replace(

@@ -8,7 +8,9 @@ pipeline. Unlike it, 16-bit grayscale keeps its upper 8 bits (the published conv
 import os
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from PIL import Image
 
 from utils.program import UserError
 
+STAT_IMAGES, STAT_THREADS = 1000, 32
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -89,6 +92,19 @@ def _images_below(root: Path, class_name: str) -> list[str]:
         below = os.path.relpath(folder, root)
         found += [os.path.join(below, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
     return found
+
+
+def file_sizes(folder: ImageFolder) -> list[tuple[str, int]]:
+    """(relative path, bytes) of every image, -1 for a link to nowhere; many at a time, for network file systems."""
+
+    def sizes(start: int) -> list[tuple[str, int]]:
+        images = range(start, min(start + STAT_IMAGES, len(folder)))
+        paths = [folder.path(image) for image in images]
+        return [(folder.paths[image], os.path.getsize(path) if os.path.exists(path) else -1)
+                for image, path in zip(images, paths, strict=True)]  # fmt: skip
+
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        return list(chain.from_iterable(pool.map(sizes, range(0, len(folder), STAT_IMAGES))))
 
 
 def load_rgb(path: str | os.PathLike) -> Image.Image:

@@ -269,6 +269,13 @@ def test_repaired_images_are_encoded_and_nothing_else_is(monkeypatch, data, code
     assert contents(codes / "repaired") == contents(codes / "straight")
 
 
+def test_a_link_to_nowhere_is_an_unreadable_image(monkeypatch, data, codes, tokenizer):
+    (data / "bee" / "9.png").symlink_to(data / "gone.png")
+    extract(monkeypatch, arguments(data, codes, tokenizer, "--skip-bad-images"))
+    assert open_store(codes / "toy16_codes").meta.skipped == 1
+    assert len(open_store(codes / "toy16_codes")) == COUNT
+
+
 def test_skipping_every_image_is_refused(monkeypatch, data, codes, tokenizer):
     for path in data.rglob("*.png"):
         path.write_bytes(b"")

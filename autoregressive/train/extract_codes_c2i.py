@@ -6,7 +6,6 @@ together is fixed by the plan (dataset/extraction_job.py), and on the CPU each b
 """
 
 import argparse
-import os
 import shutil
 import sys
 from collections import deque
@@ -23,7 +22,8 @@ from dataset.code_store import PACKED, PUBLISHED, StoreMeta, open_store, store_f
 from dataset.code_writer import codes_dtype, software_versions, write_published
 from dataset.crops import center_crop, crop_count, cut_crops, enlarged_size, to_model_range
 from dataset.extraction_job import UNREADABLE_FILE, Job, list_hash, open_job
-from dataset.image_folder import ImageFolder, UnreadableImage, list_image_folder, load_rgb
+from dataset.image_batches import worker_count
+from dataset.image_folder import ImageFolder, UnreadableImage, file_sizes, list_image_folder, load_rgb
 from tokenizer.tokenizer_image.load import TokenizerInfo, build_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import WEIGHTS_CHOICES
@@ -47,7 +47,7 @@ def main() -> None:
     if world.is_main:
         check_arguments(args, tokenizer.downsample_factor)
         folder = list_images(args)
-        sources = [(path, os.stat(folder.path(image)).st_size) for image, path in enumerate(folder.paths)]
+        sources = file_sizes(folder)
         job = plan_job(args, target, folder, list_hash(sources), tokenizer, world.device)
         held_lock, pending = open_job(job, target, sources)
     job, pending = world.broadcast((job, pending))
@@ -209,13 +209,12 @@ def encoded_batches(
     """
     on_gpu = encode.device.type == "cuda"
     threads = 1 if on_gpu else torch.get_num_threads()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     batches = [batch for block in blocks for batch in job.batches_of(block)]
     side = enlarged_size(job.meta.image_size, job.meta.crops, job.meta.crop_range or 1)
     loader = DataLoader(
         Squares(folder, batches, job.batch_images, side),
         batch_size=None,
-        num_workers=min(workers, max(1, len(os.sched_getaffinity(0)) // processes)),
+        num_workers=worker_count(workers),
         pin_memory=on_gpu,
     )
     in_flight: deque[tuple[Future, list]] = deque()
@@ -306,7 +305,7 @@ def check_arguments(args: argparse.Namespace, downsample_factor: int) -> None:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small.")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -338,7 +337,7 @@ def parse_args() -> argparse.Namespace:
     add("--skip-bad-images", action="store_true", help="leave unreadable images out instead of stopping in the end")
     add("--debug", action="store_true",
         help=f"only the first {DEBUG_IMAGES} images of each class, into the store of {{dataset}}_debug")  # fmt: skip
-    return parser.parse_args()
+    return parser.parse_args(command)
 
 
 if __name__ == "__main__":

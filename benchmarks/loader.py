@@ -1,0 +1,138 @@
+"""Training batches from the code store against the published loader: samples/s, bytes on disk, time to open.
+
+    python -m benchmarks.loader
+
+The baseline is the published procedure in plain form: a data set that opens two `.npy` files a sample, of which it uses
+one crop of ten, behind a `DataLoader` with workers. Both read the same codes, in turn. The store of 1,281,167 images
+that is opened has sparse shards of full size.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.code_dataset import CodeDataset, CodeLoader
+from dataset.code_store import CodeStore, StoreMeta, open_store
+from dataset.code_writer import SHARD_IMAGES, shard_name, write_description, write_packed, write_published
+from utils.program import keep_memory_between_steps
+
+IMAGENET, CROPS, GRID, CLASSES = 1_281_167, 10, (16, 16), 1000
+
+
+def main() -> None:
+    args = parse_args()
+    keep_memory_between_steps()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        packed = small_store(folder / "packed256_codes", args.images)
+        write_published(folder / "published256_codes", packed)
+        old_bytes = disk_bytes(folder / "published256_codes") + disk_bytes(folder / "published256_labels")
+        new_bytes = disk_bytes(folder / "packed256_codes")
+        print(f"on disk {new_bytes / args.images:,.0f} bytes an image, published {old_bytes / args.images:,.0f}: "
+              f"{new_bytes / old_bytes:.1%}")  # fmt: skip
+        compare_loaders(args, folder, packed, device)
+        time_opening(folder / "imagenet256_codes")
+
+
+def compare_loaders(args: argparse.Namespace, folder: Path, packed: CodeStore, device: torch.device) -> None:
+    dataset = CodeDataset([packed])
+    rates = {"published": [], "here": [], "here, resident": []}
+    for _ in range(args.repeats):
+        rates["published"].append(rate(published_batches(folder, args), args, args.published_steps, device))
+        for resident, name in ((False, "here"), (True, "here, resident")):
+            batches = iter(CodeLoader(dataset, args.batch_size, device=device, resident=resident))
+            rates[name].append(rate(batches, args, args.steps, device))
+            batches.close()
+    median = {name: float(np.median(values)) for name, values in rates.items()}
+    for name, value in median.items():
+        print(f"{name:>15}: {value:12,.0f} samples/s, {value / median['published']:6.1f} times the published loader")
+
+
+def rate(batches, args: argparse.Namespace, steps: int, device: torch.device) -> float:
+    """Samples/s after the first batch, which starts workers and threads."""
+    next(batches)
+    start = time.perf_counter()
+    for codes, labels in itertools.islice(batches, steps):
+        codes, labels = codes.to(device), labels.to(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return steps * args.batch_size / (time.perf_counter() - start)
+
+
+class PublishedDataset(Dataset):
+    def __init__(self, codes: Path, labels: Path, count: int):
+        self.codes, self.labels = codes, labels
+        self.names = [f"{number}.npy" for number in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int):
+        codes = np.load(self.codes / self.names[number])
+        codes = codes[:, torch.randint(0, codes.shape[1], (1,)).item()]
+        return torch.from_numpy(codes), torch.from_numpy(np.load(self.labels / self.names[number]))
+
+
+def published_batches(folder: Path, args: argparse.Namespace):
+    data = PublishedDataset(folder / "published256_codes", folder / "published256_labels", args.images)
+    loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=args.num_workers, drop_last=True)
+    while True:
+        yield from loader
+
+
+def small_store(folder: Path, count: int) -> CodeStore:
+    codes = np.random.default_rng(0).integers(0, 16384, (count, CROPS, GRID[0] * GRID[1]), np.uint16)
+    return write_packed(folder, describe(count), [codes], np.arange(count) % CLASSES, [])
+
+
+def describe(count: int, shards: list[dict] | None = None) -> StoreMeta:
+    names = [f"n{number:08d}" for number in range(CLASSES)]
+    return StoreMeta(256, GRID, CROPS, count, crop_range=1.1, codebook_size=16384, num_classes=CLASSES,
+                     class_names=names, shards=shards or [])  # fmt: skip
+
+
+def time_opening(folder: Path) -> None:
+    folder.mkdir()
+    counts = [min(SHARD_IMAGES, IMAGENET - start) for start in range(0, IMAGENET, SHARD_IMAGES)]
+    shards = [{"file": shard_name(number), "count": count, "sha256": ""} for number, count in enumerate(counts)]
+    for shard in shards:
+        shape = (shard["count"], CROPS, GRID[0] * GRID[1])
+        np.lib.format.open_memmap(folder / shard["file"], "w+", np.uint16, shape).flush()
+    sources = [(f"n{number % CLASSES:08d}/n{number:08d}.JPEG", 110_000) for number in range(IMAGENET)]
+    write_description(folder, describe(IMAGENET, shards), np.arange(IMAGENET) % CLASSES, sources)
+    start = time.perf_counter()
+    store = open_store(folder)
+    opened = time.perf_counter()
+    next(iter(CodeLoader(CodeDataset([store]), 256)))
+    print(f"a store of {len(store):,} images opens in {opened - start:.4f} s; "
+          f"first batch after {time.perf_counter() - start:.2f} s")  # fmt: skip
+
+
+def disk_bytes(folder: Path) -> int:
+    """Allocated blocks of all files."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--images", type=int, default=20_000, help="images in the store that is read")
+    add("--batch-size", type=int, default=256, help="samples a batch")
+    add("--steps", type=int, default=1000, help="batches a measurement")
+    add("--published-steps", type=int, default=70, help="batches a measurement of the baseline")
+    add("--num-workers", type=int, default=2, help="worker processes of the baseline")
+    add("--repeats", type=int, default=3, help="measurements, of which the median counts")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
