@@ -120,6 +120,19 @@ def test_processes_and_micro_batches_change_nothing(processes, micro_batches, im
         assert_same_state(last_checkpoint(tmp_path / "run")[key], last_checkpoint(expected)[key], key, 1e-4)
 
 
+def test_two_processes_resume_bit_exactly(images, tmp_path):
+    """Moments must come back in their parameters' memory format, which fused optimizers rely on."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = EVERYTHING | {"--ckpt-every": 4}
+    assert train(command(images, whole, "--ema", more=more), 2) == [0, 0]
+    stop = interrupting(9, lambda: exec("raise SystemExit(9)"))
+    assert train(command(images, parts, "--ema", more=more), 2, before=stop) == [9, 9]
+    assert train(command(images, parts, "--ema", more=more), 2) == [0, 0]
+    for key in LEARNED:
+        assert_same_state(last_checkpoint(parts)[key], last_checkpoint(whole)[key], key)
+    assert rows(parts) == rows(whole)
+
+
 def test_the_checkpoint_is_read_by_every_later_step(alone, monkeypatch):
     monkeypatch.setitem(vq_model.VQ_models, "VQ-Tiny", smaller_tokenizer)
     path = alone / "run/checkpoints/0000012.pt"

@@ -92,12 +92,24 @@ def restore_state(parts: Iterable[Trained], state: dict, world: World) -> None:
             part.ema.swap()
         set_model_state_dict(part.module, state.get(model_name, {}), options=options)
         set_optimizer_state_dict(part.module, part.optimizer, state.get(optimizer_name, {}), options=options)
+        _lay_out_like_parameters(part.optimizer)
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments their parameters' strides: saved ones are contiguous, and fused updates ignore strides."""
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if type(value) is torch.Tensor and value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _copied(value):
-    """`value` with its tensors copied on the CPU: training goes on while the copy is written."""
+    """`value` with its tensors copied on the CPU: training goes on while the copy is written.
+
+    Contiguous, because restoring broadcasts bytes: a channels-last tensor would arrive permuted on the other ranks.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

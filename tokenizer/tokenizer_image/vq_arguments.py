@@ -8,7 +8,7 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.training_run import add_run_arguments
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a VQ tokenizer on a folder of images (VQGAN losses).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     _add_machine_arguments(parser.add_argument_group("machine"))
     add_run_arguments(parser, ckpt_every=5000)
     parser.set_defaults(results_dir="results_tokenizer_image")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.vq_ckpt is not None:
         if args.resume != "auto" or args.init_from:
             parser.error("--vq-ckpt stands for --resume, or with --finetune for --init-from; give one of them")

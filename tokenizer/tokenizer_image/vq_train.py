@@ -38,7 +38,7 @@ def main() -> None:
     plan = _plan(args, folder)
     if args.compile is None:
         args.compile = world.device.type == "cuda"
-    tokenizer = _build_tokenizer(args, world)
+    tokenizer = build_tokenizer(args, world)
     discriminator = _build_discriminator(args, plan, world)
     loss = _build_loss(args, world)
     parts = [tokenizer] if discriminator is None else [tokenizer, discriminator]
@@ -152,7 +152,8 @@ def revive_dead_codes(tokenizer: Trained, images: torch.Tensor, world: World) ->
     model = bare(tokenizer)
     weight = model.quantize.embedding.weight
     vectors = F.normalize(model.latent(images).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-    chosen = torch.randperm(len(vectors), device=vectors.device)[torch.arange(len(weight)) % len(vectors)]
+    places = torch.arange(len(weight), device=vectors.device) % len(vectors)
+    chosen = torch.randperm(len(vectors), device=vectors.device)[places]
     replacement = vectors[chosen]
     if world.size > 1:
         torch.distributed.broadcast(replacement, src=0)
@@ -218,7 +219,7 @@ def _check(args, world: World) -> None:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}.")
 
 
-def _build_tokenizer(args, world: World) -> Trained:
+def build_tokenizer(args, world: World) -> Trained:
     torch.manual_seed(args.global_seed)
     model: VQModel = VQ_models[args.vq_model](
         codebook_size=args.codebook_size,
