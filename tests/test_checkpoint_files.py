@@ -27,6 +27,8 @@ def test_keeps_the_newest_and_the_milestones_everywhere(tmp_path):
     write(tmp_path / "a", 1, 2, 3, 4, 5, mirrors=[tmp_path / "b"], keep_forever=lambda step: step == 2)
     assert saved_steps(tmp_path / "a") == saved_steps(tmp_path / "b") == [2, 4, 5]
     assert read_checkpoint(tmp_path / "b/0000005.pt")["steps"] == 5
+    assert read_checkpoint(tmp_path / "a/last.pt")["steps"] == 5
+    assert read_checkpoint(tmp_path / "b/last.pt")["steps"] == 5
 
 
 def test_keeps_young_files_and_removes_them_when_old(tmp_path):
@@ -49,7 +51,7 @@ def test_a_full_disk_warns_and_keeps_the_last_good_file(tmp_path, monkeypatch, c
     writer.save(2, STATE)
     writer.wait()
     assert "could not be written" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["0000001.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001.pt", "last.pt"]
     monkeypatch.undo()
     writer.save(3, STATE)
     writer.wait()

@@ -66,7 +66,7 @@ def test_sigterm_saves_at_once_and_stops(codes, uninterrupted, tmp_path):
 def test_sigusr1_saves_and_goes_on(codes, tmp_path):
     arguments = command(codes, tmp_path, keep={"--keep-last": 9})
     assert train(arguments, before=interrupting(5, send(signal.SIGUSR1))) == [0]
-    assert sorted(int(path.stem) for path in (tmp_path / "run/checkpoints").glob("*.pt")) == [3, 5, 6, 9, 12]
+    assert sorted(int(path.stem) for path in (tmp_path / "run/checkpoints").glob("0*.pt")) == [3, 5, 6, 9, 12]
 
 
 def test_a_damaged_checkpoint_is_passed_over(codes, uninterrupted, tmp_path):

@@ -69,7 +69,7 @@ def send(number: int):
 
 
 def last_checkpoint(results: Path, run: str = "run") -> dict:
-    return torch.load(sorted((results / run / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+    return torch.load(results / run / "checkpoints/last.pt", weights_only=True)
 
 
 def rows(results: Path, run: str = "run") -> list[dict]:

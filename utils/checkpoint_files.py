@@ -45,7 +45,7 @@ def newest_complete(folder: Path) -> Path | None:
 class CheckpointWriter:
     """Writes checkpoints in a background thread, one at a time, and removes the ones no longer wanted.
 
-    Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps for which `keep_forever` is true.
+    `last.pt` leads to the newest. Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps for which `keep_forever` is true.
     `mirrors` are further folders that get a copy. A full disk warns and training goes on with the last good file.
     """
 
@@ -89,6 +89,7 @@ class CheckpointWriter:
                 with open(path, "rb") as source, atomic_file(mirror / path.name) as copy:
                     shutil.copyfileobj(source, copy, 1 << 20)
             for folder in self.folders:
+                _point_last_at(checkpoint_path(folder, step))
                 self._prune(folder)
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
             print(f"warning: the checkpoint of step {step} could not be written ({error}); training goes on, the last "
@@ -102,3 +103,11 @@ class CheckpointWriter:
             young = time.time() - os.path.getmtime(path) < self.keep_hours * 3600
             if not young and not self.keep_forever(step):
                 path.unlink()
+
+
+def _point_last_at(path: Path) -> None:
+    """`last.pt` beside the checkpoints always leads to the newest one."""
+    link = path.with_name(f".last.pt.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    os.replace(link, path.with_name("last.pt"))

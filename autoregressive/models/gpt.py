@@ -243,7 +243,7 @@ class Transformer(nn.Module):
 
 
 GPT_SIZES = {  # name: (layers, heads, width)
-    "GPT-Tiny": (6, 4, 192),  # tests and the quickstart
+    "GPT-Tiny": (4, 4, 128),  # tests and the quickstart
     "GPT-B": (12, 12, 768),
     "GPT-L": (24, 16, 1024),
     "GPT-XL": (36, 20, 1280),
