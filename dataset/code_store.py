@@ -43,7 +43,7 @@ class StoreMeta:
     tokenizer: dict = field(default_factory=dict)  # name, hash of the weights, weights (ema or raw)
     shards: list[dict] = field(default_factory=list)  # file, count, sha256
     files: dict = field(default_factory=dict)  # sha256 of labels.npy and images.jsonl
-    skipped: int = 0  # unreadable images left out
+    unreadable: list = field(default_factory=list)  # (path, reason) of every image left out
     settings: dict = field(default_factory=dict)  # how the codes were computed
     software: dict = field(default_factory=dict)
     version: int = VERSION
@@ -167,7 +167,7 @@ def open_store(path: str | Path) -> CodeStore:
     """Open a store folder of either layout; `UserError` where there is none or it does not hold together."""
     path = Path(path)
     if (path / META_FILE).is_file():
-        meta = _read_meta(path / META_FILE)
+        meta = read_meta(path / META_FILE)
     elif (path / "0.npy").is_file():
         meta = _scan_published(path)
     else:
@@ -225,7 +225,8 @@ def _missing_store_sentence(folder: Path, dataset: str, image_size: int) -> str:
     return f"{folder.parent} holds no codes of {name} ({folder.name} expected); run extract_codes_c2i.sh first."
 
 
-def _read_meta(path: Path) -> StoreMeta:
+def read_meta(path: Path) -> StoreMeta:
+    """Read a `meta.json`; `UserError` where it is damaged or newer than this program."""
     try:
         fields = json.loads(path.read_text())
         if fields["version"] > VERSION:

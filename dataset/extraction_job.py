@@ -18,7 +18,7 @@ from typing import IO
 
 import numpy as np
 
-from dataset.code_store import META_FILE, StoreMeta, partial_folder
+from dataset.code_store import META_FILE, StoreMeta, partial_folder, read_meta
 from dataset.code_writer import SHARD_IMAGES, give_final_name, shard_name, write_description, write_shard
 from dataset.image_folder import ImageFolder, PathList
 from utils.files import atomic_file, write_json
@@ -44,6 +44,11 @@ class Job:
     @property
     def work(self) -> Path:
         return self.partial / "work"
+
+    @property
+    def identity(self) -> dict:
+        """What a run that continues this one must share."""
+        return {**self.meta.settings, "block_images": self.block_images, "blocks_per_shard": self.blocks_per_shard}
 
     @property
     def block_images(self) -> int:
@@ -119,9 +124,7 @@ class Job:
         return self.partial / UNREADABLE_FILE
 
     def write_unreadable(self, bad: list[tuple[int, str]]) -> None:
-        """List (path, reason) of the unreadable images; no file where there are none."""
-        if not bad:
-            return self.unreadable_path.unlink(missing_ok=True)
+        """List (path, reason) of the unreadable images beside the unfinished store."""
         sources = self.sources()
         with atomic_file(self.unreadable_path, "w") as file:
             file.writelines(json.dumps([sources[image][0], reason]) + "\n" for image, reason in bad)
@@ -144,17 +147,19 @@ class Job:
     def finish(self, labels: np.ndarray) -> StoreMeta:
         """Once every shard is joined: describe the store and give the folder its name. `labels` are of all images."""
         shards = [json.loads(self.shard_done_path(shard).read_text()) for shard in range(self.shards)]
-        bad = {image for shard in shards for image, _ in shard.pop("bad")}
+        bad = {image: reason for shard in shards for image, reason in shard.pop("bad")}
         kept = [image for image in range(self.meta.count) if image not in bad]
         shards = [shard for shard in shards if shard["count"]]
-        meta = replace(self.meta, count=len(kept), skipped=len(bad), shards=shards)
         sources = self.sources()
+        unreadable = [[sources[image][0], reason] for image, reason in bad.items()]
+        meta = replace(self.meta, count=len(kept), unreadable=unreadable, shards=shards)
         write_description(self.partial, meta, labels[kept], [sources[image] for image in kept])
         self.clean_and_rename()
         return meta
 
     def clean_and_rename(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
+        self.unreadable_path.unlink(missing_ok=True)
         give_final_name(self.partial, self.folder)
 
     def _bad_of(self, block: int) -> Iterator[tuple[int, str]]:
@@ -206,7 +211,7 @@ def open_job(job: Job, target: Path, sources: list[tuple[str, int]]) -> tuple[IO
 def _is_finished(folder: Path, job: Job) -> bool:
     if not (folder / META_FILE).exists():
         return False
-    _refuse_other_settings(json.loads((folder / META_FILE).read_text())["settings"], job.meta.settings, folder)
+    _refuse_other_settings(read_meta(folder / META_FILE).settings, job.meta.settings, folder)
     return True
 
 
@@ -214,12 +219,12 @@ def _start_or_resume(job: Job, sources: list[tuple[str, int]]) -> None:
     plan = job.work / "plan.json"
     if not plan.exists():
         write_images(job, sources)
-        write_json(plan, job.meta.settings)
+        write_json(plan, job.identity)
         return
     there = json.loads(plan.read_text())
     if there["image_list"] != job.meta.settings["image_list"]:
         _refuse_other_images(job, sources)
-    _refuse_other_settings(there, job.meta.settings, job.partial)
+    _refuse_other_settings(there, job.identity, job.partial)
     _accept_changed_images(job, sources)
 
 
@@ -231,7 +236,8 @@ def write_images(job: Job, sources: list[tuple[str, int]]) -> None:
 def _refuse_other_settings(there: dict, asked: dict, folder: Path) -> None:
     different = [key for key in asked if there.get(key) != asked[key]]
     if different:
-        changes = ", ".join(f"{key.replace('_', ' ')} {there.get(key)} there, {asked[key]} now" for key in different)
+        changes = ", ".join(f"{key.replace('_', ' ')} {str(there.get(key))[:12]} there, {str(asked[key])[:12]} now"
+                            for key in different)  # fmt: skip
         raise UserError(f"{folder} was extracted with other settings ({changes}); give the same ones, remove it, "
                         "or choose another --code-path.")  # fmt: skip
 

@@ -246,7 +246,7 @@ def test_unreadable_images_stop_it_before_anything_final(monkeypatch, data, code
     extract(monkeypatch, [*command, "--skip-bad-images"])
     store = open_store(codes / "toy16_codes")
     kept = [image for image in range(COUNT) if image not in (IMAGES + 2, COUNT - 1)]
-    assert (len(store), store.meta.skipped) == (COUNT - 2, 2)
+    assert (len(store), [path for path, _ in store.meta.unreadable]) == (COUNT - 2, list(broken))
     assert "left out as unreadable: 2 images" in capsys.readouterr().out
     for name, content in whole.items():
         (data / name).write_bytes(content)
@@ -254,7 +254,7 @@ def test_unreadable_images_stop_it_before_anything_final(monkeypatch, data, code
     np.testing.assert_array_equal(store.labels, np.repeat(np.arange(3), IMAGES)[kept])
     assert not {path for path, _ in store.sources()} & set(broken)
     extract(monkeypatch, arguments(data, codes / "clean", tokenizer))
-    assert open_store(codes / "clean" / "toy16_codes").meta.skipped == 0
+    assert open_store(codes / "clean" / "toy16_codes").meta.unreadable == []
 
 
 def test_repaired_images_are_encoded_and_nothing_else_is(monkeypatch, data, codes, tokenizer):
@@ -272,7 +272,7 @@ def test_repaired_images_are_encoded_and_nothing_else_is(monkeypatch, data, code
 def test_a_link_to_nowhere_is_an_unreadable_image(monkeypatch, data, codes, tokenizer):
     (data / "bee" / "9.png").symlink_to(data / "gone.png")
     extract(monkeypatch, arguments(data, codes, tokenizer, "--skip-bad-images"))
-    assert open_store(codes / "toy16_codes").meta.skipped == 1
+    assert open_store(codes / "toy16_codes").meta.unreadable[0][0] == "bee/9.png"
     assert len(open_store(codes / "toy16_codes")) == COUNT
 
 
@@ -305,6 +305,8 @@ def test_published_layout_and_both_conversions(monkeypatch, data, codes, tokeniz
     assert contents(codes / "b") == contents(codes / "packed")
     (published.parent / "toy16_codes.packed").mkdir()  # as left by a kill after the last rename
     extract(monkeypatch, arguments(data, codes / "published", tokenizer, "--layout", "published"))
+    with pytest.raises(UserError, match="in the other layout than published; convert it"):
+        extract(monkeypatch, arguments(data, codes / "packed", tokenizer, "--layout", "published"))
     assert contents(codes / "a") == contents(codes / "published")
     assert not (published.parent / "toy16_codes.packed").exists()
 

@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset.code_store import PACKED, PUBLISHED, StoreMeta, open_store, store_folder
+from dataset.code_store import META_FILE, PACKED, PUBLISHED, StoreMeta, open_store, store_folder
 from dataset.code_writer import codes_dtype, software_versions, write_published
 from dataset.crops import center_crop, crop_count, cut_crops, enlarged_size, to_model_range
-from dataset.extraction_job import UNREADABLE_FILE, Job, list_hash, open_job
+from dataset.extraction_job import Job, list_hash, open_job
 from dataset.image_batches import worker_count
 from dataset.image_folder import ImageFolder, UnreadableImage, file_sizes, list_image_folder, load_rgb
 from tokenizer.tokenizer_image.load import TokenizerInfo, build_tokenizer
@@ -43,13 +44,7 @@ def main() -> None:
         args.vq_model, args.codebook_size, args.codebook_embed_dim, args.vq_ckpt, args.weights, world.device
     )
     target = store_folder(args.code_path, args.dataset + ("_debug" if args.debug else ""), args.image_size)
-    job, pending, held_lock = None, None, None
-    if world.is_main:
-        check_arguments(args, tokenizer.downsample_factor)
-        folder = list_images(args)
-        sources = file_sizes(folder)
-        job = plan_job(args, target, folder, list_hash(sources), tokenizer, world.device)
-        held_lock, pending = open_job(job, target, sources)
+    job, held_lock, pending = begin(args, target, tokenizer, world.device) if world.is_main else (None, None, None)
     job, pending = world.broadcast((job, pending))
     if pending is not None:
         folder = job.image_folder(args.data_path)
@@ -71,6 +66,21 @@ def main() -> None:
             held_lock.close()
     world.barrier()
     world.close()
+
+
+def begin(
+    args: argparse.Namespace, target: Path, tokenizer: TokenizerInfo, device: torch.device
+) -> tuple[Job, IO | None, list[int] | None]:
+    """The job, the lock that keeps others out of it, and the blocks to encode (None: all are in the store)."""
+    check_arguments(args, tokenizer.downsample_factor)
+    folder = list_images(args)
+    sources = file_sizes(folder)
+    job = plan_job(args, target, folder, list_hash(sources), tokenizer, device)
+    held_lock, pending = open_job(job, target, sources)
+    if target.exists() and open_store(target).meta.layout != args.layout:
+        raise UserError(f"{target} is there already, in the other layout than {args.layout}; convert it with "
+                        "convert_codes.sh or choose another --code-path.")  # fmt: skip
+    return job, held_lock, pending
 
 
 def list_images(args: argparse.Namespace) -> ImageFolder:
@@ -262,28 +272,26 @@ class BlockWriter:
 
 def refuse_bad_images(job: Job, folder: ImageFolder, skip: bool, world: World) -> None:
     """Report what could not be read; without `skip` that is the end, before anything final is written."""
-    bad = job.bad_images()
-    if world.is_main:
-        job.write_unreadable(bad)
+    bad = world.broadcast(job.bad_images() if world.is_main else None)
     if not bad:
         return
     example = f"{folder.path(bad[0][0])} ({bad[0][1]})"
     if len(bad) == job.meta.count:
         raise UserError(f"none of the {len(bad):,} images can be read, such as {example}; check --data-path.")
     if not skip:
+        if world.is_main:
+            job.write_unreadable(bad)
         raise UserError(f"{len(bad):,} of {job.meta.count:,} images cannot be read, such as {example}; repair those "
                         f"listed in {job.unreadable_path} or add --skip-bad-images to leave them out, then run the "
                         "same command again: what is encoded stays.")  # fmt: skip
-    if world.is_main:
-        print(f"left out {len(bad):,} unreadable images, such as {example}")
 
 
 def report(target: Path, args: argparse.Namespace, downsample_factor: int) -> None:
     store = open_store(target)
     size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{store}, {store.meta.num_classes} classes, {size / 2**20:,.1f} MiB")
-    if store.meta.skipped:
-        print(f"left out as unreadable: {store.meta.skipped:,} images ({target}/{UNREADABLE_FILE})")
+    if store.meta.unreadable:
+        print(f"left out as unreadable: {len(store.meta.unreadable):,} images, listed in {target / META_FILE}")
     dataset = target.name.removesuffix(f"{args.image_size}_codes") + "_code"
     print(f"look: bash scripts/autoregressive/verify_codes.sh --codes {target} --vq-ckpt {args.vq_ckpt} "
           f"--data-path {args.data_path}")  # fmt: skip
