@@ -90,7 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="fp32 is what is compared")
     parser.add_argument("--distances", choices=["half", "exact"], default="half",
                         help="Precision and Recall with ADM's half precision, or in float64")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    parser.add_argument("--batch-size", type=int, default=256 if torch.cuda.is_available() else 64,
+                        help="images at a time")  # fmt: skip
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                         help=f"torch.compile; auto: on a CPU from {COMPILE_FROM} images")  # fmt: skip
     parser.add_argument("--report", type=Path, help="where to write .txt and .json; by default beside the sample file")

@@ -134,8 +134,8 @@ def precision_recall(
     reference_covered = reference.new_zeros(len(reference), dtype=torch.bool)
     sample_covered = sample.new_zeros(len(sample), dtype=torch.bool)
     for row, column, squared in blocks(reference, sample):
-        reference_covered[row] |= (squared <= sample_radii[column]).any(1)
-        sample_covered[column] |= (squared <= reference_radii[row, None]).any(0)
+        reference_covered[row] |= (squared <= sample_radii[column].to(squared.dtype)).any(1)
+        sample_covered[column] |= (squared <= reference_radii[row, None].to(squared.dtype)).any(0)
     overflowed = isinstance(blocks, HalfBlocks) and blocks.overflowed
     return PrecisionRecall(sample_covered.double().mean().item(), reference_covered.double().mean().item(), overflowed)
 
@@ -176,7 +176,7 @@ class HalfBlocks:
                 self.overflowed |= not fits
                 distance = _half_squared_distances if fits else _squared_distances
                 for row in parts:
-                    yield row, column, distance(first[row], second[column])
+                    yield row, column, distance(first[row], second[column]).float()
 
     @staticmethod
     def _cannot_overflow(first: Tensor, second: Tensor) -> bool:
