@@ -22,7 +22,8 @@ from tokenizer.tokenizer_image.lpips import LPIPS
 from tokenizer.tokenizer_image.vq_arguments import parse_args
 from tokenizer.tokenizer_image.vq_loss import LossWeights, VQLoss, hinge_discriminator_loss
 from tokenizer.tokenizer_image.vq_model import QuantizerLosses, VectorQuantizer, VQ_models
-from tokenizer.tokenizer_image.vq_train import build_tokenizer, train_step
+from tokenizer.tokenizer_image.vq_setup import make_tokenizer
+from tokenizer.tokenizer_image.vq_train import train_step
 from utils.distributed import World, init_world
 from utils.program import keep_memory_between_steps
 
@@ -53,7 +54,7 @@ def step_here(args, images: torch.Tensor, world: World, compiled: bool) -> Calla
     flags = ["--data-path", "", "--vq-model", args.vq_model, "--image-size", str(args.image_size),
              "--mixed-precision", args.mixed_precision, "--compile" if compiled else "--no-compile"]  # fmt: skip
     flags = parse_args(flags)
-    tokenizer = build_tokenizer(flags, world)
+    tokenizer = make_tokenizer(flags, world)
     lpips = random_lpips(world).to(memory_format=torch.channels_last)
     if compiled:
         lpips.compile(dynamic=False)

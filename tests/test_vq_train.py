@@ -120,6 +120,15 @@ def test_processes_and_micro_batches_change_nothing(processes, micro_batches, im
         assert_same_state(last_checkpoint(tmp_path / "run")[key], last_checkpoint(expected)[key], key, 1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(precision, images, tmp_path):
+    more = {"--mixed-precision": precision, "--disc-start": 2, "--epochs": 2}
+    assert train(command(images, tmp_path, "--disc-adaptive-weight", more=more)) == [0]
+    last = rows(tmp_path)[-1]
+    assert np.isfinite([last["reconstruction"], last["generator"], last["discriminator"]]).all()
+    assert last["skipped_steps"] <= 2  # the loss scale may start too high
+
+
 def test_two_processes_resume_bit_exactly(images, tmp_path):
     """Moments must come back in their parameters' memory format, which fused optimizers rely on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tests.processes import run_main
-from tokenizer.tokenizer_image import vq_model, vq_train
+from tokenizer.tokenizer_image import vq_model, vq_setup, vq_train
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
 
 COMMAND = {  # 24 images, batch 8: 3 steps an epoch, 12 in all
@@ -49,7 +49,7 @@ def command(images: Path, results: Path, *flags: str, **changes) -> list[str]:
 def train(arguments: list[str], world_size: int = 1, output=None, before=lambda: None) -> list[int]:
     def main():
         vq_model.VQ_models["VQ-Tiny"] = smaller_tokenizer
-        vq_train.PatchDiscriminator = smaller_discriminator
+        vq_setup.PatchDiscriminator = smaller_discriminator
         before()
         vq_train.main()
 

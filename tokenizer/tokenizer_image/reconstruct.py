@@ -141,7 +141,7 @@ def report(args, stores: list[ImageStore]) -> None:
     print(f"next, for rFID: python3 evaluations/c2i/evaluator.py {reference} {stores[0].result}")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -164,7 +164,7 @@ def parse_args() -> argparse.Namespace:
     add("--precision", choices=PRECISIONS, default="none", help="of convolutions")
     add("--num-workers", type=int, default=4, help="decoding processes a rank, at most its share of the cores; 0: none")
     add("--global-seed", type=int, default=0, help="accepted as published; nothing here is random")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.image_size_eval = args.image_size_eval or args.image_size
     if args.image_size_eval < SSIM_WINDOW:
         raise UserError(f"--image-size-eval {args.image_size_eval} is less than SSIM's window of {SSIM_WINDOW} pixels.")
