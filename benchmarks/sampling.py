@@ -9,6 +9,7 @@ FLOPs of every token (whichever is longer), and nothing else.
 """
 
 import argparse
+import copy
 import time
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.generate import CodeGenerator, Sampling
 from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.packed_linear import pack_linears
 from autoregressive.models.rope import apply_rope
 from utils.program import UserError, run
 
@@ -122,7 +124,10 @@ def measure(name: str, batch: int, args: argparse.Namespace, device: torch.devic
     model.set_rope_tables()
     model.rope_1 = model.rope_1.to(device)
     sampling = Sampling(cfg_scale=2.0)
-    fast = CodeGenerator(model, batch, length, sampling, compile=device.type == "cuda")
+    packed = copy.deepcopy(model)
+    if device.type == "cpu":
+        pack_linears(packed)
+    fast = CodeGenerator(packed, batch, length, sampling, compile=device.type == "cuda")
     uniforms = torch.rand(batch, length, dtype=torch.float64)
     plain = PlainLoop(model, sampling)
     fast(labels, uniforms)  # compiles and captures

@@ -93,7 +93,7 @@ class CodeGenerator:
             raise ValueError("this model has no null class (class_dropout_prob is 0) and cannot be guided")
         self.model, self.sampling = model, sampling
         self.batch_size, self.length = batch_size, length
-        weight = model.output.weight
+        weight = model.tok_embeddings.weight
         self.device, dtype = weight.device, weight.dtype
         self.on_gpu = self.device.type == "cuda"
         self.length_step = -(-args.block_size // (8 * LENGTHS)) * 8  # masks are aligned to 8 elements

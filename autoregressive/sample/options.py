@@ -41,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--downsample-size", type=int, default=16, help="pixels a side of one code")
     group.add_argument("--num-classes", type=int, default=1000, help="classes that the GPT was trained on")
     group.add_argument("--precision", choices=list(DTYPES), default=None,
-                       help="number format of the models; none: float32; unset: bf16 on GPUs, none on CPUs")  # fmt: skip
+                       help="number format of both; none: float32; unset: bf16 on GPUs, none on CPUs")  # fmt: skip
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="compile the models; unset: on GPUs (where CUDA graphs are used either way)")  # fmt: skip
 

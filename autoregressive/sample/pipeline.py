@@ -1,7 +1,6 @@
 """From labels and uniform numbers to pixels: the GPT draws codes, the tokenizer decodes them."""
 
 import argparse
-import os
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from autoregressive.models.generate import CodeGenerator, Sampling
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.load import GPTInfo, build_gpt
+from autoregressive.models.packed_linear import pack_linears
 from autoregressive.sample.options import DTYPES
 from pretrained_models.catalogue import find_weights
 from tokenizer.tokenizer_image.load import TokenizerInfo, build_tokenizer
@@ -47,6 +47,8 @@ class Pipeline:
             weights=args.weights, from_fsdp=args.from_fsdp, dtype=self.dtype, device=device,
         )  # fmt: skip
         self._check_tokenizer_is_the_trained_one()
+        if device.type == "cpu":
+            pack_linears(self.gpt)
         self._decode_images = self._prepare_decoder()
 
     def generator(self, batch_size: int, sampling: Sampling) -> CodeGenerator:
@@ -95,12 +97,3 @@ class Pipeline:
             lines.append(f"warning: {self.gpt_info.checkpoint} does not say at which image size it was trained; "
                          f"{size} is taken from --image-size, and a wrong one gives garbage.")  # fmt: skip
         return "\n".join(lines)
-
-
-def round_alike_in_any_batch() -> None:
-    """Make float32 products on the CPU round the same whatever the batch size and the number of threads.
-
-    MKL chooses kernels by shape, and they differ in the last bit; its strict reproducibility mode does not. To be
-    called before the first product. Without MKL it has no effect (docs/sampling.md, "Reproducibility").
-    """
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

@@ -13,7 +13,7 @@ import torch
 from autoregressive.sample.class_names import class_names, parse_classes
 from autoregressive.sample.options import add_model_options, add_sampling_options, check_options, sampling_of
 from autoregressive.sample.pictures import captioned_rows
-from autoregressive.sample.pipeline import Pipeline, round_alike_in_any_batch
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.randomness import image_uniforms
 from utils.files import atomic_file
 from utils.program import UserError, run
@@ -23,7 +23,6 @@ BATCH_SIZE = {"cpu": 8, "cuda": 64}
 
 
 def main() -> None:
-    round_alike_in_any_batch()
     args = parse_arguments()
     sampling = sampling_of(args)
     pipeline = Pipeline(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -19,7 +19,7 @@ from autoregressive.sample.batch_size import fitting_batch_size
 from autoregressive.sample.image_store import ImageStore
 from autoregressive.sample.options import add_model_options, add_sampling_options, check_options, sampling_of
 from autoregressive.sample.pictures import image_grid
-from autoregressive.sample.pipeline import IMAGES_DECODED_AT_ONCE, Pipeline, round_alike_in_any_batch
+from autoregressive.sample.pipeline import IMAGES_DECODED_AT_ONCE, Pipeline
 from autoregressive.sample.randomness import image_labels, image_uniforms
 from utils.distributed import World, init_world
 from utils.files import atomic_file, sha256
@@ -30,7 +30,6 @@ PREVIEW_IMAGES = 64
 
 
 def main() -> None:
-    round_alike_in_any_batch()
     args = parse_arguments()
     sampling = sampling_of(args)
     world = init_world()
