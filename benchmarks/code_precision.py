@@ -36,7 +36,7 @@ def main() -> None:
     else:
         model = VQ_models[args.vq_model](**settings).eval().requires_grad_(False).to(device)
     views = load_views(args, device)
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     reference = torch.cat([model.latent(one) for one in views.split(1)])
     print(f"{len(views)} crops, {reference[0, 0].numel()} codes each, "
           f"{len(model.quantize.nearest(reference).unique()):,} different codes")  # fmt: skip
@@ -71,9 +71,9 @@ def report(name: str, model: VQModel, reference: torch.Tensor, latent: torch.Ten
 @contextmanager
 def tf32_convolutions(model: VQModel, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        torch.backends.cudnn.allow_tf32 = True
         yield
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cudnn.allow_tf32 = False
         return
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     exact = [convolution.weight.clone() for convolution in convolutions]

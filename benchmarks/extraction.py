@@ -122,15 +122,15 @@ def published_extraction(model: VQModel, images: Path, output: Path, args, count
         transforms.TenCrop(args.image_size),
         transforms.Lambda(lambda crops: torch.stack([to_tensor(crop) for crop in crops])),
     ])  # fmt: skip
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     data = Subset(datasets.ImageFolder(str(images), transform), range(count))
     for number, (crops, label) in enumerate(DataLoader(data, batch_size=1, num_workers=args.num_workers)):
         with torch.no_grad():
             _, _, (_, _, indices) = model.encode(crops.flatten(0, 1).to(world.device))
         np.save(output / "codes" / f"{number}.npy", indices.reshape(1, crops.shape[1], -1).cpu().numpy())
         np.save(output / "labels" / f"{number}.npy", label.numpy())
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if args.precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def make_images(folder: Path, count: int) -> Path:

@@ -170,10 +170,14 @@ class Encoder:
         self.bf16 = precision == "bf16"
         self.latent = model.latent
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = "ieee"  # of attention, and of the search for the nearest code
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = False  # attention, and the search for the nearest code
         if meta.settings["compile"]:
             self.latent = torch.compile(model.latent, dynamic=False, options={"deterministic": True})
+
+    def prepare_thread(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has its own current device
 
     @torch.no_grad()
     def __call__(self, squares: torch.Tensor) -> torch.Tensor:
@@ -230,7 +234,7 @@ def encoded_batches(
     in_flight: deque[tuple[Future, list]] = deque()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads, initializer=encode.prepare_thread) as pool:
             for squares, bad in loader:
                 in_flight.append((pool.submit(encode, squares), bad))
                 if len(in_flight) > threads + 1:
