@@ -1,6 +1,7 @@
 """The shared launcher as users start it: several processes, several nodes, restarts, mistakes, other folders."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,13 +66,16 @@ def test_from_any_folder_and_one_sentence_for_mistakes(codes, tmp_path):
 
 
 def test_a_worker_that_dies_is_restarted_and_the_run_goes_on(codes, tmp_path):
-    """kill -9 of one of two workers: torchrun restarts both, they continue from the last checkpoint."""
-    arguments = command(codes, tmp_path, small=SMALL)
+    """SIGUSR1 saves; kill -9 of one of two workers: both are restarted and continue from that checkpoint."""
+    arguments = command(codes, tmp_path, small=SMALL, rare={"--ckpt-every": 45})
     process = start(arguments, tmp_path / "log", NPROC_PER_NODE="2")
-    wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), process)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)  # step 30: it trains
+    os.kill(process.pid, signal.SIGUSR1)  # both workers save, at a multiple of ten steps
+    wait_for(lambda: list(tmp_path.glob("run/checkpoints/0*0.pt")), process)
     os.kill(workers_of(process.pid)[1], signal.SIGKILL)
     assert ended(process) == 0
-    assert "continuing" in (tmp_path / "log").read_text()
+    continued = re.search(r"continuing .* after step (\d+)", (tmp_path / "log").read_text())
+    assert int(continued[1]) in (40, 50, 60, 70, 80)
     undisturbed = start(command(codes, tmp_path / "undisturbed", small=SMALL), tmp_path / "log2", NPROC_PER_NODE="2")
     assert ended(undisturbed) == 0
     assert rows(tmp_path) == rows(tmp_path / "undisturbed")

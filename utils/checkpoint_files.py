@@ -45,8 +45,8 @@ def newest_complete(folder: Path) -> Path | None:
 class CheckpointWriter:
     """Writes checkpoints in a background thread, one at a time, and removes the ones no longer wanted.
 
-    `last.pt` leads to the newest. Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps for which `keep_forever` is true.
-    `mirrors` are further folders that get a copy. A full disk warns and training goes on with the last good file.
+    `last.pt` leads to the newest. Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps for
+    which `keep_forever` is true. `mirrors` are further folders that get a copy. A full disk warns and training goes on with the last good file.
     """
 
     def __init__(

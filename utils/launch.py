@@ -5,8 +5,10 @@ Called by scripts/launch.sh with torchrun's own arguments; torchrun is the engin
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
@@ -20,6 +22,7 @@ def main() -> None:
         quiet = lambda record: not os.path.exists(marker)  # noqa: E731
         for name in ("multiprocessing.api", "agent.server.api", "agent.server.local_elastic_agent"):
             logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(quiet)
+        signal.signal(signal.SIGUSR1, _forward_to_workers)
         try:
             torchrun(sys.argv[1:])
         except ChildFailedError as error:
@@ -29,6 +32,13 @@ def main() -> None:
             print(f"error: rank {rank} (process {failure.pid}) ended with status {failure.exitcode}; "
                   "its own message is above.", file=sys.stderr)  # fmt: skip
             sys.exit(1)
+
+
+def _forward_to_workers(number: int, _frame) -> None:
+    """torchrun passes on SIGTERM and its like, but not SIGUSR1 (in training: save a checkpoint)."""
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        if b"LOCAL_RANK=" in Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(int(child), number)
 
 
 if __name__ == "__main__":
