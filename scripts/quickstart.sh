@@ -42,8 +42,8 @@ step "reference" bash scripts/tokenizer/reconstruction_vq.sh --data-path "$digit
 step "codes" bash scripts/autoregressive/extract_codes_c2i.sh --data-path "$digits/train" --code-path "$out/codes" "${codes[@]}"
 step "held-out codes" bash scripts/autoregressive/extract_codes_c2i.sh --data-path "$digits/test" \
     --code-path "$out/held_out_codes" "${codes[@]}"
-step "verify" bash scripts/autoregressive/verify_codes.sh --code-path "$out/codes" --dataset digits --image-size 32 \
-    "${vq[@]}" --data-path "$digits/train"
+step "verify" bash scripts/autoregressive/verify_codes.sh --codes "$out/codes/digits32_codes" --data-path "$digits/train" \
+    --vq-ckpt "$out/tokenizer/digits/checkpoints/last.pt" --output "$out/codes.png"
 step "training" bash scripts/autoregressive/train_c2i.sh --code-path "$out/codes" --val-code-path "$out/held_out_codes" \
     --val-every 440 --dataset digits "${gpt[@]}" --vocab-size 256 --results-dir "$out/gpt" --run-name digits \
     --epochs 60 --epoch-rate 0.5 --patch-level 2 --scheduler --global-batch-size 64 --lr 2e-3 --end-lr 1e-4 \
