@@ -109,7 +109,9 @@ def test_precision_and_recall_equal_their_definition(distances, dtype, block, mo
 
 def test_half_distances_round_every_result():
     real, generated = features(0, 64, 256), features(1, 50, 256)
-    ours = metrics._half_squared_distances(torch.from_numpy(real), torch.from_numpy(generated))
+    ours = metrics._squared_distances(
+        *(metrics._Operand(torch.from_numpy(x), torch.float16) for x in (real, generated))
+    )
     expected = adm_definitions.squared_distances(real, generated, np.float16)
     assert ours.dtype == torch.float16
     np.testing.assert_allclose(ours.float(), expected.astype(np.float32), atol=2 * np.spacing(np.float16(64)))

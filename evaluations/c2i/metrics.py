@@ -155,9 +155,10 @@ Blocks = Callable[[Tensor, Tensor], Iterator[tuple[slice, slice, Tensor]]]  # ro
 
 def exact_blocks(first: Tensor, second: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Squared distances in float64, block by block."""
-    for row in _slices(0, len(first), BLOCK_ROWS):
-        for column in _slices(0, len(second), HALF_BLOCK):
-            yield row, column, _squared_distances(first[row].double(), second[column].double())
+    for column in _slices(0, len(second), HALF_BLOCK):
+        right = _Operand(second[column], torch.float64)
+        for row in _slices(0, len(first), BLOCK_ROWS):
+            yield row, column, _squared_distances(_Operand(first[row], torch.float64), right)
 
 
 class HalfBlocks:
@@ -169,14 +170,20 @@ class HalfBlocks:
     def __call__(self, first: Tensor, second: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         for rows in _slices(0, len(first), HALF_BLOCK):
             for column in _slices(0, len(second), HALF_BLOCK):
-                parts = list(_slices(rows.start, rows.stop, BLOCK_ROWS))
-                fits = self._cannot_overflow(first[rows], second[column]) or all(
-                    _half_squared_distances(first[row], second[column]).isfinite().all() for row in parts
+                right, dtype = second[column], torch.float16
+                fits = self._cannot_overflow(first[rows], right) or all(
+                    squared.isfinite().all() for _, squared in self._blocks(first, rows, right, dtype)
                 )
-                self.overflowed |= not fits
-                distance = _half_squared_distances if fits else _squared_distances
-                for row in parts:
-                    yield row, column, distance(first[row], second[column]).float()
+                if not fits:
+                    self.overflowed, dtype = True, torch.float32
+                for row, squared in self._blocks(first, rows, right, dtype):
+                    yield row, column, squared.float()
+
+    @staticmethod
+    def _blocks(first: Tensor, rows: slice, second: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        right = _Operand(second, dtype)
+        for row in _slices(rows.start, rows.stop, BLOCK_ROWS):
+            yield row, _squared_distances(_Operand(first[row], dtype), right)
 
     @staticmethod
     def _cannot_overflow(first: Tensor, second: Tensor) -> bool:
@@ -185,21 +192,21 @@ class HalfBlocks:
         return bool(longest.square() < 0.9 * torch.finfo(torch.float16).max)
 
 
-def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
-    """(N, M) squared distances of float32 or float64 features (N, D) and (M, D)."""
-    products = torch.addmm(second.square().sum(1), first, second.T, alpha=-2)
-    return products.add_(first.square().sum(1, keepdim=True)).clamp_(min=0)
+class _Operand:
+    """Features (N, D) rounded to a type and their squared norms (N,) in it; sums are taken in float32 at least."""
+
+    def __init__(self, features: Tensor, dtype: torch.dtype) -> None:
+        self.values = features.to(dtype)
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        self.norms = self.values.square().sum(1, dtype=wide).to(dtype)
+        if not features.is_cuda:  # CPUs multiply halves slowly; the products of halves are exact in float32
+            self.values = self.values.to(wide)
 
 
-def _half_squared_distances(first: Tensor, second: Tensor) -> Tensor:
-    """(N, M) squared distances in half precision; sums inside a dot product are kept in float32, as on a GPU."""
-    first, second = first.half(), second.half()
-    if first.is_cuda:
-        products = first @ second.T
-    else:  # CPUs multiply halves slowly; the products of halves are exact in float32
-        products = (first.float() @ second.float().T).half()
-    first_norms, second_norms = (x.square().float().sum(1).half() for x in (first, second))
-    return products.mul_(-2).add_(first_norms[:, None]).add_(second_norms).clamp_(min=0)
+def _squared_distances(first: _Operand, second: _Operand) -> Tensor:
+    """|u|² - 2 u·v + |v|² (N, M), every result rounded to the operands' type."""
+    products = (first.values @ second.values.T).to(first.norms.dtype)
+    return products.mul_(-2).add_(first.norms[:, None]).add_(second.norms).clamp_(min=0)
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
