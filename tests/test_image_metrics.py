@@ -3,6 +3,7 @@
 import hashlib
 import math
 import warnings
+from pathlib import Path
 
 import lpips as reference_lpips
 import numpy as np
@@ -14,6 +15,7 @@ from tokenizer.tokenizer_image import lpips
 from tokenizer.tokenizer_image.lpips import LPIPS, Download, fetch, load_lpips, read_lpips
 from tokenizer.tokenizer_image.metrics import ReconstructionScores, code_usage, psnr, ssim
 from utils.distributed import World
+from utils.files import sha256
 from utils.program import UserError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -93,6 +95,13 @@ def test_lpips_refuses_other_files(random_lpips, tmp_path):
         read_lpips(tmp_path / "other.pth", random_lpips[2])
     with pytest.raises(UserError, match="not torchvision's VGG-16"):
         read_lpips(random_lpips[1], tmp_path / "other.pth")
+
+
+def test_the_published_linear_layers_are_the_ones_expected(random_lpips):
+    path = Path(reference_lpips.__file__).parent / "weights/v0.1/vgg.pth"
+    assert sha256(path) == lpips.LINEAR.sha256
+    ours = read_lpips(random_lpips[1], path)
+    assert all((linear.weight >= 0).all() for linear in ours.linear)
 
 
 def test_fetch_checks_the_hash(tmp_path):

@@ -35,7 +35,7 @@ def smaller_tokenizer(**settings) -> vq_model.VQModel:
 
 
 def smaller_discriminator() -> PatchDiscriminator:
-    return PatchDiscriminator(channels=32)
+    return PatchDiscriminator(channels=16)
 
 
 def command(images: Path, results: Path, *flags: str, **changes) -> list[str]:
