@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from autoregressive.sample import sample_c2i_ddp
+from autoregressive.sample.image_store import ImageStore
 from autoregressive.sample.randomness import image_labels
 from tests.sampling_models import flags, run_sampler, start_sampler, write_models
 from utils.program import UserError
@@ -225,3 +226,25 @@ def test_weights_that_give_no_finite_logits(models, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="logits are not finite"):
         call(monkeypatch, flags(models, "nan.pt", image_size_eval=16, num_fid_samples=2, sample_dir=tmp_path))
     assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("changes", [dict(), dict(no_compile=True), dict(precision="none")])
+def test_on_a_gpu_an_interrupted_run_ends_the_same(models, tmp_path, monkeypatch, changes):
+    arguments = [command(models, tmp_path / folder, per_proc_batch_size=16, **changes) for folder in ("a", "b")]
+    call(monkeypatch, arguments[0])
+    write, written = ImageStore.write, []
+
+    def write_twice(store, start, images):
+        written.append(start)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write(store, start, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStore, "write", write_twice)
+        with pytest.raises(KeyboardInterrupt):
+            call(patch, arguments[1])
+    call(monkeypatch, arguments[1])
+    a, b = (next((tmp_path / folder).glob("*.npz")).read_bytes() for folder in ("a", "b"))
+    assert a == b

@@ -126,9 +126,9 @@ class CodeGenerator:
         self.model.eval()
         try:
             with torch.autocast(self.device.type, enabled=False):
-                self._start(labels, uniforms)
+                self.start(labels, uniforms)
                 for token in range(self.length):
-                    self._step(token)
+                    self.step(token)
         finally:
             self.model.train(training)
         return self.codes.clone()
@@ -138,7 +138,8 @@ class CodeGenerator:
         if not self.finite:
             raise FloatingPointError("the model's logits are not finite")
 
-    def _start(self, labels: torch.Tensor, uniforms: torch.Tensor) -> None:
+    def start(self, labels: torch.Tensor, uniforms: torch.Tensor) -> None:
+        """Begin a batch; `step` is then called for each token, from 0. `__call__` is both."""
         labels = labels.to(self.device, non_blocking=True)
         if self.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.model.args.num_classes)])
@@ -146,7 +147,7 @@ class CodeGenerator:
         self.uniforms.copy_(uniforms, non_blocking=True)
         self.position.zero_()
 
-    def _step(self, token: int) -> None:
+    def step(self, token: int) -> None:
         guided = token < self.guided
         if not self.on_gpu:
             self._decode_token(token + 1, guided)

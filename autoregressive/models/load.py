@@ -72,8 +72,8 @@ def build_gpt(
             **unusual,
         )
     model.to(dtype).to_empty(device=device)
-    with torch.device(device):
-        model.set_rope_tables()
+    model.set_rope_tables()
+    model.to(device)  # what it moves is these tables alone
     load_strict(model, state, checkpoint_path, "check --gpt-model, --vocab-size and --num-classes.")
     info = GPTInfo(
         name=name,

@@ -47,7 +47,7 @@ class Pipeline:
             weights=args.weights, from_fsdp=args.from_fsdp, dtype=self.dtype, device=device,
         )  # fmt: skip
         self._check_tokenizer_is_the_trained_one()
-        if device.type == "cpu":
+        if device.type == "cpu" and not args.compile:  # which packs them itself
             pack_linears(self.gpt)
         self._decode_images = self._prepare_decoder()
 

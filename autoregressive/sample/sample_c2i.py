@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     add_sampling_options(parser, cfg_scale=4.0, top_k=2000)
     group = parser.add_argument_group("picture")
     group.add_argument("--classes", help="labels or names, separated by commas (default: eight of them)")
-    group.add_argument("--columns", type=int, default=4, help="images of each class, in its row")
+    group.add_argument("--columns", type=int, default=1, help="images of each class, in its row")
     group.add_argument("--seed", type=int, default=0, help="another seed, other images")
     group.add_argument("--output", type=Path, default=Path("sample_c2i.png"), help="the picture")
     args = parser.parse_args()
