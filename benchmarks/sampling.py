@@ -181,7 +181,11 @@ def main() -> None:
     print(f"{device}, {args.precision}: {speed[0] / 1e9:.0f} GB/s, {speed[1] / 1e12:.2f} TFLOP/s", flush=True)
     for name in args.models:
         for batch in args.batch_sizes:
-            measure(name, batch, args, device, speed)
+            torch.compiler.reset()  # every batch size compiles anew, and there is a limit to that
+            try:
+                measure(name, batch, args, device, speed)
+            except torch.OutOfMemoryError:
+                print(f"{name:8} batch {batch:4}: does not fit in memory", flush=True)
 
 
 if __name__ == "__main__":

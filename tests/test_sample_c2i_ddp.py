@@ -94,7 +94,7 @@ def test_killed_at_twenty_random_points_and_completed(models, tmp_path):
     chance, kills = random.Random(0), 0
     while kills < 20:
         process = start_sampler(arguments, printed)
-        process.join(chance.uniform(0.3, 4) * starting)
+        process.join(chance.uniform(0.3, 2.5) * starting)
         kills += process.is_alive()
         process.kill()
         process.join()
