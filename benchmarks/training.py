@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from autoregressive.models.gpt import GPT_SIZES, ModelArgs, Transformer
+from autoregressive.models.gpt import GPT_SIZES, Transformer, model_args
 from autoregressive.models.rope import rope_table
 from autoregressive.train.cost import peak_flops, train_flops
 from autoregressive.train.parallel import autocast, compile_model
@@ -45,11 +45,6 @@ class PlainTransformer(Transformer):
         codes = targets.view(batch, height // patch_side, patch_side, width // patch_side, patch_side)
         codes = codes.transpose(2, 3).reshape(-1)
         return None, F.cross_entropy(logits.flatten(0, 1), codes)
-
-
-def model_args(name: str) -> ModelArgs:
-    n_layer, n_head, dim = GPT_SIZES[name]
-    return ModelArgs(n_layer=n_layer, n_head=n_head, dim=dim)
 
 
 class Step:

@@ -255,8 +255,14 @@ GPT_SIZES = {  # name: (layers, heads, width)
 }
 
 
-def _constructor(n_layer: int, n_head: int, dim: int):
-    return lambda **settings: Transformer(ModelArgs(n_layer=n_layer, n_head=n_head, dim=dim, **settings))
+def model_args(name: str, **settings) -> ModelArgs:
+    """Settings of the published size `name`."""
+    n_layer, n_head, dim = GPT_SIZES[name]
+    return ModelArgs(n_layer=n_layer, n_head=n_head, dim=dim, **settings)
 
 
-GPT_models = {name: _constructor(*size) for name, size in GPT_SIZES.items()}
+def _constructor(name: str):
+    return lambda **settings: Transformer(model_args(name, **settings))
+
+
+GPT_models = {name: _constructor(name) for name in GPT_SIZES}

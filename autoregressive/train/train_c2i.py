@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from autoregressive.models.gpt import GPT_SIZES, ModelArgs, Transformer
+from autoregressive.models.gpt import ModelArgs, Transformer, model_args
 from autoregressive.train.arguments import parse_args
 from autoregressive.train.cost import plan_table
 from autoregressive.train.parallel import autocast, compile_model, distribute, sync_gradients
@@ -15,6 +15,7 @@ from autoregressive.train.plan import Plan, make_plan
 from autoregressive.train.watch import Watch
 from dataset.code_dataset import CodeDataset, CodeLoader
 from dataset.code_store import CodeStore, find_stores
+from pretrained_models.catalogue import find_weights
 from utils.checkpoint import load_strict, read_checkpoint, select_weights
 from utils.distributed import World, init_world
 from utils.program import UserError, run
@@ -28,42 +29,40 @@ IMAGENET_IMAGES = 1_281_167  # for --dry-run without codes
 def main() -> None:
     args = parse_args()
     world = init_world()
-    model_args = _model_args(args)
+    gpt_args = _model_args(args)
     stores = _open_stores(args)
-    plan = _plan(args, model_args, stores)
+    plan = _plan(args, gpt_args, stores)
     _check_batch(args, world)
     if world.is_main:
         images = args.global_batch_size // world.size // args.gradient_accumulation_steps
         shards = world.size if args.parallel == "fsdp" else 1
         half = args.mixed_precision != "none"
-        print(plan_table(model_args, plan, args.global_batch_size, images, shards, args.ema, half), flush=True)
+        print(plan_table(gpt_args, plan, args.global_batch_size, images, shards, args.ema, half), flush=True)
     if args.dry_run:
         return
-    trained = _build(args, model_args, world)
+    trained = _build(args, gpt_args, world)
     training = TrainingRun(
-        args, world, args.gpt_model, _recipe(args, stores), _config(args, model_args, stores), [trained],
+        args, world, args.gpt_model, _recipe(args, stores), _config(args, gpt_args, stores), [trained],
         milestones=[level.first_step + level.steps for level in plan.levels],
     )  # fmt: skip
-    train(args, plan, model_args, trained, training, stores, world)
+    train(args, plan, gpt_args, trained, training, stores, world)
     checkpoint = training.finish()
     if world.is_main:
         _print_next_command(args, checkpoint)
     world.close()
 
 
-def train(
-    args, plan: Plan, model_args: ModelArgs, trained: Trained, training: TrainingRun, stores, world: World
-) -> None:
+def train(args, plan: Plan, gpt_args: ModelArgs, trained: Trained, training: TrainingRun, stores, world: World) -> None:
     """The method: at every step the plan says how many codes one patch averages, and how fast to learn."""
     start = training.start()
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
     if args.compile:
-        _compile_levels(args, plan, model_args, trained, scaler, world, start)
+        _compile_levels(args, plan, gpt_args, trained, scaler, world, start)
     loader = CodeLoader(
         CodeDataset(stores, seed=args.global_seed), args.global_batch_size, world.rank, world.size, args.global_seed,
         start, world.device, resident=args.codes_on_device,
     )  # fmt: skip
-    watch = Watch(args, plan, model_args, trained, training, world)
+    watch = Watch(args, plan, gpt_args, trained, training, world)
     trained.module.train()
     for step, (codes, labels) in zip(range(start, plan.total_steps), training.metrics.timed(loader), strict=False):
         side = plan.level_at(step).side
@@ -90,10 +89,10 @@ def train_step(args, trained: Trained, scaler, codes, labels, side: int, world: 
     return loss, *apply_gradients(trained, scaler, args.max_grad_norm)
 
 
-def _compile_levels(args, plan: Plan, model_args, trained: Trained, scaler, world: World, start: int) -> None:
+def _compile_levels(args, plan: Plan, gpt_args, trained: Trained, scaler, world: World, start: int) -> None:
     """Compile every patch side still to come before the clock runs: one forward and backward pass each, no update."""
     images = args.global_batch_size // world.size // args.gradient_accumulation_steps
-    codes = torch.zeros(images, model_args.block_size, dtype=torch.int64, device=world.device)
+    codes = torch.zeros(images, gpt_args.block_size, dtype=torch.int64, device=world.device)
     for level in plan.levels:
         if start < level.first_step + level.steps:
             sync_gradients(trained.module, False)
@@ -128,21 +127,20 @@ def _model_args(args) -> ModelArgs:
         raise UserError(
             f"--image-size {args.image_size} is not a multiple of --downsample-size {args.downsample_size}."
         )
-    n_layer, n_head, dim = GPT_SIZES[args.gpt_model]
     side = args.image_size // args.downsample_size
-    return ModelArgs(
-        n_layer=n_layer, n_head=n_head, dim=dim, vocab_size=args.vocab_size, block_size=side**2,
+    return model_args(
+        args.gpt_model, vocab_size=args.vocab_size, block_size=side**2,
         num_classes=args.num_classes, class_dropout_prob=args.class_dropout_p, token_dropout_p=args.token_dropout_p,
         resid_dropout_p=args.dropout_p, ffn_dropout_p=args.dropout_p, drop_path_rate=args.drop_path_rate,
         activation_checkpointing=args.activation_checkpointing,
     )  # fmt: skip
 
 
-def _plan(args, model_args: ModelArgs, stores: list[CodeStore]) -> Plan:
+def _plan(args, gpt_args: ModelArgs, stores: list[CodeStore]) -> Plan:
     images = len(stores[0]) if stores else IMAGENET_IMAGES
     try:
         return make_plan(
-            args.epochs, images // args.global_batch_size, args.patch_level, args.epoch_rate, model_args.grid,
+            args.epochs, images // args.global_batch_size, args.patch_level, args.epoch_rate, gpt_args.grid,
             args.lr, args.end_lr, args.warmup_epochs, args.decay_ratio, args.scheduler,
         )  # fmt: skip
     except ValueError as error:
@@ -155,14 +153,15 @@ def _check_batch(args, world: World) -> None:
         raise UserError("--parallel fsdp has no loss scaling for fp16; use --mixed-precision bf16.")
 
 
-def _build(args, model_args: ModelArgs, world: World) -> Trained:
+def _build(args, gpt_args: ModelArgs, world: World) -> Trained:
     """The model on its device, wrapped for the world, its optimizer and average."""
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.global_seed)
-    model = Transformer(model_args)
+    model = Transformer(gpt_args)
     if args.init_from:
-        state, kind = select_weights(read_checkpoint(args.init_from), args.init_from)
-        load_strict(model, state, args.init_from, "check --gpt-model, --vocab-size and --num-classes.")
+        path = find_weights(args.init_from)
+        state, kind = select_weights(read_checkpoint(path), path)
+        load_strict(model, state, path, "check --gpt-model, --vocab-size and --num-classes.")
         if world.is_main:
             print(f"starting from the {kind} weights of {args.init_from}")
     model.to(world.device)
@@ -188,12 +187,12 @@ def _recipe(args, stores: list[CodeStore]) -> dict:
     return {name: getattr(args, name) for name in names.split()} | {"codes": codes}
 
 
-def _config(args, model_args: ModelArgs, stores: list[CodeStore]) -> dict:
+def _config(args, gpt_args: ModelArgs, stores: list[CodeStore]) -> dict:
     """What a sampler must know about the weights; checked against its flags."""
     meta = stores[0].meta
-    return asdict(model_args) | {
+    return asdict(gpt_args) | {
         "gpt_model": args.gpt_model, "image_size": args.image_size, "downsample_size": args.downsample_size,
-        "grid": list(model_args.grid), "tokenizer": meta.tokenizer, "class_names": meta.class_names,
+        "grid": list(gpt_args.grid), "tokenizer": meta.tokenizer, "class_names": meta.class_names,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pretrained_models.catalogue import find_weights
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils.checkpoint import load_strict, read_checkpoint, select_weights
 from utils.files import sha256
@@ -38,11 +39,13 @@ def build_tokenizer(
 ) -> tuple[VQModel, TokenizerInfo]:
     """The tokenizer `name` of `VQ_models` with the checkpoint's weights, frozen, in eval mode, on `device`.
 
-    `weights` is one of `utils.checkpoint.WEIGHTS_CHOICES`. Raises `UserError` for a file that is not a checkpoint, and
-    for one that was trained with another model or codebook than the flags say.
+    `checkpoint_path` may be a published name; `weights` is one of `utils.checkpoint.WEIGHTS_CHOICES`. Raises
+    `UserError` for a file that is not a checkpoint, and for one that was trained with another model or codebook than
+    the flags say.
     """
     if name not in VQ_models:
         raise UserError(f"there is no tokenizer {name}; --vq-model is one of {', '.join(VQ_models)}.")
+    checkpoint_path = find_weights(str(checkpoint_path))
     checkpoint = read_checkpoint(checkpoint_path)
     flags = {"vq_model": name, "codebook_size": codebook_size, "codebook_embed_dim": codebook_embed_dim}
     _refuse_contradictions(checkpoint, flags, checkpoint_path)

@@ -19,7 +19,6 @@ from autoregressive.train.parallel import PRECISIONS
 from dataset.crops import center_crop, to_model_range
 from dataset.image_batches import center_crop_batches
 from dataset.image_folder import ImageFolder, list_image_folder, load_rgb
-from pretrained_models.catalogue import find_weights
 from tokenizer.tokenizer_image.load import TokenizerInfo, build_tokenizer, check_image_size
 from tokenizer.tokenizer_image.lpips import load_lpips
 from tokenizer.tokenizer_image.metrics import SSIM_WINDOW, ReconstructionScores
@@ -37,7 +36,7 @@ def main() -> None:
     args = parse_args()
     world = init_world()
     model, tokenizer = build_tokenizer(
-        args.vq_model, args.codebook_size, args.codebook_embed_dim, find_weights(args.vq_ckpt), args.weights,
+        args.vq_model, args.codebook_size, args.codebook_embed_dim, args.vq_ckpt, args.weights,
         world.device,
     )  # fmt: skip
     check_image_size(args.image_size, args.vq_model, model)
