@@ -33,8 +33,8 @@ step "classifier" "$PYTHON" -m evaluations.c2i.train_classifier --data-path "$di
     --image-size 32 --output "$out/classifier.pt2"
 step "tokenizer" bash scripts/tokenizer/train_vq.sh --data-path "$digits/train" --results-dir "$out/tokenizer" \
     --run-name digits --vq-model VQ-Tiny --codebook-size 256 --image-size 32 --no-mirror --perceptual-weight 0 \
-    --disc-weight 0 --epochs 20 --global-batch-size 32 --lr 2e-3 --scheduler --end-lr 1e-4 --mixed-precision none \
-    --log-every 50
+    --disc-weight 0 --revive-dead-codes 20 --epochs 7 --global-batch-size 32 --lr 2e-3 --scheduler --warmup-epochs 0.5 \
+    --decay-ratio 0.4 --end-lr 1e-4 --mixed-precision none --log-every 45
 step "reconstruction" bash scripts/tokenizer/reconstruction_vq.sh --data-path "$digits/test" "${vq[@]}" --image-size 32 \
     --sample-dir "$out/reconstructions" --name held-out
 step "reference" bash scripts/tokenizer/reconstruction_vq.sh --data-path "$digits/train" "${vq[@]}" --image-size 32 \
