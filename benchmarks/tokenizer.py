@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from autoregressive.train.parallel import PRECISIONS
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
 from tokenizer.tokenizer_image.lpips import LPIPS
 from tokenizer.tokenizer_image.vq_arguments import parse_args
@@ -25,6 +24,7 @@ from tokenizer.tokenizer_image.vq_model import QuantizerLosses, VectorQuantizer,
 from tokenizer.tokenizer_image.vq_setup import make_tokenizer
 from tokenizer.tokenizer_image.vq_train import train_step
 from utils.distributed import World, init_world
+from utils.parallel import PRECISIONS
 from utils.program import keep_memory_between_steps
 
 

@@ -1,8 +1,11 @@
-"""The published weights by name, and where they lie once downloaded."""
+"""The published weights by name, where they lie once downloaded, and starting from them."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
+from utils.checkpoint import load_strict, read_checkpoint, select_weights
 from utils.program import UserError
 
 FOLDER = Path(__file__).parent
@@ -45,3 +48,11 @@ def find_weights(name_or_path: str) -> Path:
     if not (FOLDER / name).exists():
         raise UserError(f"{name} has not been downloaded; run: bash scripts/download.sh {name}")
     return FOLDER / name
+
+
+def load_initial(model: nn.Module, name_or_path: str, remedy: str) -> str:
+    """Load the weights that `--init-from` names, strictly; returns their kind, "ema" or "raw"."""
+    path = find_weights(name_or_path)
+    state, kind = select_weights(read_checkpoint(path), path)
+    load_strict(model, state, path, remedy)
+    return kind

@@ -43,7 +43,7 @@ def pick(values: dict, *names: str) -> dict:
 
 def reconstruction(folder: Path) -> dict:
     """Scores of the tokenizer on held-out images."""
-    return read(next((folder / "reconstructions").glob("held-out*.json")))["scores"]
+    return read(next((folder / "reconstructions").glob("held-out*.settings.json")))["scores"]
 
 
 def losses(path: Path) -> dict:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autoregressive.sample import image_store
-from autoregressive.sample.image_store import ImageStore
+from dataset import image_store
+from dataset.image_store import ImageStore
 from utils.program import UserError
 
 SETTINGS = {"seed": 0, "cfg_scale": 2.0}
@@ -39,7 +39,7 @@ def test_the_result_is_what_numpy_reads(tmp_path):
         assert np.array_equal(result["labels"], LABELS)
     with zipfile.ZipFile(tmp_path / "name.npz") as archive:
         assert archive.testzip() is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["name.json", "name.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["name.npz", "name.settings.json"]
 
 
 class Stop(BaseException):
@@ -113,8 +113,8 @@ def test_results_and_unfinished_runs_of_others_are_refused(tmp_path):
     other = ImageStore(tmp_path, "name", SETTINGS | {"seed": 1}, 10, 4)
     with pytest.raises(UserError, match="seed 0 there and 1 here"):
         other.is_complete()
-    (tmp_path / "name.json").unlink()
-    with pytest.raises(UserError, match="without the .json"):
+    (tmp_path / "name.settings.json").unlink()
+    with pytest.raises(UserError, match="without the .settings.json"):
         other.is_complete()
     ImageStore(tmp_path, "unfinished", SETTINGS, 10, 4).open(4)
     with pytest.raises(UserError, match="seed 0 there and 1 here"):

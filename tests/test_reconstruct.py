@@ -68,7 +68,7 @@ def test_npz_scores_and_picture(images, tokenizer, tmp_path, monkeypatch):
     close = np.abs(found.astype(int) - to_uint8(decoded).permute(0, 2, 3, 1).numpy()) <= 1
     assert close.all()
 
-    report = json.loads(base.with_name(base.name + ".json").read_text())
+    report = json.loads(base.with_name(base.name + ".settings.json").read_text())
     scores, pairs = report["scores"], list(zip(originals, found, strict=True))
     similarity = [
         structural_similarity(a, b, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5,
@@ -95,7 +95,7 @@ def test_two_processes_count_every_image_once(images, tokenizer, tmp_path):
     assert run(images, tokenizer, tmp_path / "one") == [0]
     assert run(images, tokenizer, tmp_path / "two", world_size=2) == [0, 0]
     name = "out/VQ-Tiny-held-out-size-32-size-32"
-    a, b = (json.loads((tmp_path / place / f"{name}.json").read_text()) for place in ("one", "two"))
+    a, b = (json.loads((tmp_path / place / f"{name}.settings.json").read_text()) for place in ("one", "two"))
     assert a["scores"] == pytest.approx(b["scores"], abs=1e-9)
     assert (tmp_path / "one" / f"{name}.npz").read_bytes() == (tmp_path / "two" / f"{name}.npz").read_bytes()
 
@@ -128,7 +128,7 @@ def test_lpips_when_asked_for(images, tokenizer, tmp_path):
     torch.save(linear, tmp_path / "linear.pth")
     files = {"--lpips-vgg-path": tmp_path / "vgg.pth", "--lpips-linear-path": tmp_path / "linear.pth"}
     assert run(images, tokenizer, tmp_path, "--lpips", more=files) == [0]
-    report = json.loads((tmp_path / "out/VQ-Tiny-held-out-size-32-size-32.json").read_text())
+    report = json.loads((tmp_path / "out/VQ-Tiny-held-out-size-32-size-32.settings.json").read_text())
     pair = (np.load(tmp_path / "out/VQ-Tiny-held-out-size-32-size-32.npz", allow_pickle=False)["arr_0"], None)
     folder = list_image_folder(images)
     originals = np.stack([center_crop(load_rgb(folder.path(image)), 32) for image in range(IMAGES)])

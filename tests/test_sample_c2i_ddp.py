@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from autoregressive.sample import sample_c2i_ddp
-from autoregressive.sample.image_store import ImageStore
 from autoregressive.sample.randomness import image_labels
+from dataset.image_store import ImageStore
 from tests.sampling_models import flags, run_sampler, start_sampler, write_models
 from utils.program import UserError
 
@@ -57,11 +57,16 @@ def test_the_result_is_named_as_published_and_says_what_to_run_next(reference):
     assert "warning" not in printed
     with Image.open(folder / f"{NAME}.png") as preview:
         assert preview.size == (8 * 18 - 2, 8 * 18 - 2)
-    assert sorted(path.name for path in folder.iterdir()) == [f"{NAME}.json", f"{NAME}.npz", f"{NAME}.png", "printed"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{NAME}.npz",
+        f"{NAME}.png",
+        f"{NAME}.settings.json",
+        "printed",
+    ]
 
 
 def test_the_report_holds_every_setting_and_the_hashes(reference):
-    report = json.loads((reference[0] / f"{NAME}.json").read_text())
+    report = json.loads((reference[0] / f"{NAME}.settings.json").read_text())
     assert report["settings"]["cfg_scale"] == 2.0
     assert len(report["settings"]["gpt_sha256"]) == len(report["settings"]["tokenizer_sha256"]) == 64
     assert {"precision", "cfg_interval", "gpt_weights", "labels", "seed"} <= report["settings"].keys()

@@ -46,7 +46,8 @@ class CheckpointWriter:
     """Writes checkpoints in a background thread, one at a time, and removes the ones no longer wanted.
 
     `last.pt` leads to the newest. Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps for
-    which `keep_forever` is true. `mirrors` are further folders that get a copy. A full disk warns and training goes on with the last good file.
+    which `keep_forever` is true. `mirrors` are further folders that get a copy. A full disk warns and training goes on
+    with the last good file.
     """
 
     def __init__(

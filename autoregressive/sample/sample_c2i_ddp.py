@@ -16,11 +16,11 @@ from PIL import Image
 
 from autoregressive.models.generate import CodeGenerator, Sampling
 from autoregressive.sample.batch_size import fitting_batch_size
-from autoregressive.sample.image_store import ImageStore
 from autoregressive.sample.options import add_model_options, add_sampling_options, check_options, sampling_of
 from autoregressive.sample.pictures import image_grid
 from autoregressive.sample.pipeline import IMAGES_DECODED_AT_ONCE, Pipeline
 from autoregressive.sample.randomness import image_labels, image_uniforms
+from dataset.image_store import ImageStore
 from utils.distributed import World, init_world
 from utils.files import atomic_file, sha256
 from utils.program import UserError, run

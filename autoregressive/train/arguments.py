@@ -3,8 +3,8 @@
 import argparse
 
 from autoregressive.models.gpt import GPT_SIZES
-from autoregressive.train.parallel import PRECISIONS
 from autoregressive.train.watch import add_watch_arguments
+from utils.parallel import PRECISIONS
 from utils.training_run import add_run_arguments
 
 

@@ -9,15 +9,15 @@ import torch
 
 from autoregressive.models.gpt import ModelArgs, Transformer, model_args
 from autoregressive.train.arguments import parse_args
+from autoregressive.train.compilation import compile_levels, compile_model
 from autoregressive.train.cost import plan_table
-from autoregressive.train.parallel import autocast, compile_model, distribute, sync_gradients
 from autoregressive.train.plan import Plan, make_plan
 from autoregressive.train.watch import Watch
 from dataset.code_dataset import CodeDataset, CodeLoader
 from dataset.code_store import CodeStore, find_stores
-from pretrained_models.catalogue import find_weights
-from utils.checkpoint import load_strict, read_checkpoint, select_weights
+from pretrained_models.catalogue import load_initial
 from utils.distributed import World, init_world
+from utils.parallel import autocast, distribute, sync_gradients
 from utils.program import UserError, run
 from utils.training_run import TrainingRun
 from utils.training_state import EMA, Trained, seed_step
@@ -57,7 +57,7 @@ def train(args, plan: Plan, gpt_args: ModelArgs, trained: Trained, training: Tra
     start = training.start()
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
     if args.compile:
-        _compile_levels(args, plan, gpt_args, trained, scaler, world, start)
+        compile_levels(args, plan, gpt_args, trained, scaler, world, start)
     loader = CodeLoader(
         CodeDataset(stores, seed=args.global_seed), args.global_batch_size, world.rank, world.size, args.global_seed,
         start, world.device, resident=args.codes_on_device,
@@ -87,19 +87,6 @@ def train_step(args, trained: Trained, scaler, codes, labels, side: int, world: 
         scaler.scale(micro_loss / micro_batches).backward()
         loss += micro_loss.detach() / micro_batches
     return loss, *apply_gradients(trained, scaler, args.max_grad_norm)
-
-
-def _compile_levels(args, plan: Plan, gpt_args, trained: Trained, scaler, world: World, start: int) -> None:
-    """Compile every patch side still to come before the clock runs: one forward and backward pass each, no update."""
-    images = args.global_batch_size // world.size // args.gradient_accumulation_steps
-    codes = torch.zeros(images, gpt_args.block_size, dtype=torch.int64, device=world.device)
-    for level in plan.levels:
-        if start < level.first_step + level.steps:
-            sync_gradients(trained.module, False)
-            with autocast(trained.module, world, args.mixed_precision):
-                _, loss = trained.module(codes, codes[:, 0], codes, level.side)
-            scaler.scale(loss).backward()
-            trained.optimizer.zero_grad(set_to_none=True)
 
 
 def _open_stores(args) -> list[CodeStore]:
@@ -159,9 +146,7 @@ def _build(args, gpt_args: ModelArgs, world: World) -> Trained:
     torch.manual_seed(args.global_seed)
     model = Transformer(gpt_args)
     if args.init_from:
-        path = find_weights(args.init_from)
-        state, kind = select_weights(read_checkpoint(path), path)
-        load_strict(model, state, path, "check --gpt-model, --vocab-size and --num-classes.")
+        kind = load_initial(model, args.init_from, "check --gpt-model, --vocab-size and --num-classes.")
         if world.is_main:
             print(f"starting from the {kind} weights of {args.init_from}")
     model.to(world.device)

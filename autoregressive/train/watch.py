@@ -9,13 +9,13 @@ from torchvision.utils import save_image
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train.cost import peak_flops, train_flops
-from autoregressive.train.parallel import autocast
 from autoregressive.train.plan import Plan
 from dataset.code_dataset import CodeDataset
 from dataset.code_store import find_stores
 from tokenizer.tokenizer_image.load import build_tokenizer
 from utils.distributed import World
 from utils.files import atomic_file
+from utils.parallel import autocast
 from utils.program import UserError
 from utils.training_run import TrainingRun
 from utils.training_state import Trained, full_model_state, seed_step

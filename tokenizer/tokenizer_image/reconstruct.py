@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from autoregressive.sample.image_store import ImageStore
-from autoregressive.train.parallel import PRECISIONS
 from dataset.crops import center_crop, to_model_range
 from dataset.image_batches import center_crop_batches
 from dataset.image_folder import ImageFolder, list_image_folder, load_rgb
+from dataset.image_store import ImageStore
 from tokenizer.tokenizer_image.load import TokenizerInfo, build_tokenizer, check_image_size
 from tokenizer.tokenizer_image.lpips import load_lpips
 from tokenizer.tokenizer_image.metrics import SSIM_WINDOW, ReconstructionScores
@@ -26,6 +25,7 @@ from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, to_uint8
 from utils.checkpoint import WEIGHTS_CHOICES
 from utils.distributed import World, init_world
 from utils.files import atomic_file
+from utils.parallel import PRECISIONS
 from utils.program import UserError, run
 from utils.progress import progress
 

@@ -2,9 +2,9 @@
 
 import argparse
 
-from autoregressive.train.parallel import PRECISIONS
 from tokenizer.tokenizer_image.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.tokenizer_image.vq_model import VQ_models
+from utils.parallel import PRECISIONS
 from utils.training_run import add_run_arguments
 
 

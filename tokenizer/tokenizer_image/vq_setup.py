@@ -3,17 +3,16 @@
 import torch
 from torch import nn
 
-from autoregressive.train.parallel import distribute
 from autoregressive.train.plan import Plan, make_plan
 from dataset.image_folder import ImageFolder
-from pretrained_models.catalogue import find_weights
+from pretrained_models.catalogue import load_initial
 from tokenizer.tokenizer_image.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from tokenizer.tokenizer_image.load import check_image_size
 from tokenizer.tokenizer_image.lpips import load_lpips
 from tokenizer.tokenizer_image.vq_loss import LossWeights, VQLoss
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
-from utils.checkpoint import load_strict, read_checkpoint, select_weights
 from utils.distributed import World
+from utils.parallel import distribute
 from utils.program import UserError
 from utils.training_state import EMA, Trained
 from utils.training_step import check_batch_size
@@ -55,9 +54,7 @@ def make_tokenizer(args, world: World) -> Trained:
     )
     check_image_size(args.image_size, args.vq_model, model)
     if args.init_from:
-        path = find_weights(args.init_from)
-        state, kind = select_weights(read_checkpoint(path), path)
-        load_strict(model, state, path, "check --vq-model, --codebook-size and --codebook-embed-dim.")
+        kind = load_initial(model, args.init_from, "check --vq-model, --codebook-size and --codebook-embed-dim.")
         if world.is_main:
             print(f"starting from the {kind} weights of {args.init_from}")
     model.quantize.codebook_used.zero_()

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autoregressive.train.parallel import autocast, sync_gradients
 from autoregressive.train.plan import Plan
 from dataset.code_dataset import BatchOrder
 from dataset.crops import to_model_range
@@ -27,6 +26,7 @@ from tokenizer.tokenizer_image.vq_setup import (
 )
 from tokenizer.tokenizer_image.vq_validation import Validation
 from utils.distributed import World, init_world
+from utils.parallel import autocast, sync_gradients
 from utils.program import run
 from utils.training_run import TrainingRun
 from utils.training_state import Trained, seed_step

@@ -1,4 +1,4 @@
-"""One model on many processes: DDP or FSDP2, compilation, and precision."""
+"""One model on many processes: DDP or FSDP2, and precision."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,21 +8,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from autoregressive.models.gpt import Transformer
 from utils.distributed import World
 
 PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def compile_model(model: Transformer) -> None:
-    """Compile layer by layer, in place: one small graph a patch side, gradients leave for other ranks as they come."""
-    for layer in model.layers:
-        layer.compile(dynamic=False, fullgraph=not model.args.activation_checkpointing)
-    model.head_loss = torch.compile(model.head_loss, dynamic=False)
+def distribute(model: nn.Module, world: World, mode: str, precision: str) -> nn.Module:
+    """Wrap `model` (equal on all ranks) for `world`: `mode` is "ddp" or "fsdp" (layer by layer: `model.layers`).
 
-
-def distribute(model: Transformer, world: World, mode: str, precision: str) -> nn.Module:
-    """Wrap `model` (equal on all ranks) for `world`: `mode` is "ddp" or "fsdp"; alone in the world it stays bare."""
+    Alone in the world it stays bare.
+    """
     if world.size == 1:
         return model
     if mode == "ddp":

@@ -27,7 +27,7 @@ class ImageStore:
 
     def __init__(self, folder: Path, name: str, settings: dict, count: int, size: int):
         self.result = folder / f"{name}.npz"
-        self.report = folder / f"{name}.json"
+        self.report = folder / f"{name}.settings.json"
         self.preview = folder / f"{name}.png"
         self.png_folder = folder / name
         self.partial = folder / f"{name}.partial"
@@ -39,8 +39,8 @@ class ImageStore:
         if not self.result.exists():
             return False
         if not self.report.exists():
-            raise UserError(f"{self.result} exists without the .json that says how it was made; move it away or give "
-                            "another --sample-dir.")  # fmt: skip
+            raise UserError(f"{self.result} exists without the .settings.json that says how it was made; move it away "
+                            "or give another --sample-dir.")  # fmt: skip
         self._refuse_other_settings(json.loads(self.report.read_text())["settings"], self.result)
         return True
 
@@ -99,7 +99,7 @@ class ImageStore:
         os.replace(staging, self.png_folder)
 
     def finish(self, labels: np.ndarray, report: dict) -> None:
-        """Turn the complete store into `name.npz` (`arr_0`, `labels`) and `name.json`, and remove the partial files.
+        """Turn the complete store into `name.npz` (`arr_0`, `labels`) and `name.settings.json`, without partial files.
 
         The result takes its name last: interrupted before, the same call starts over; after, it is complete.
         """
