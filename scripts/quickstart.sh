@@ -45,9 +45,9 @@ step "held-out codes" bash scripts/autoregressive/extract_codes_c2i.sh --data-pa
 step "verify" bash scripts/autoregressive/verify_codes.sh --codes "$out/codes/digits32_codes" --data-path "$digits/train" \
     --vq-ckpt "$out/tokenizer/digits/checkpoints/last.pt" --output "$out/codes.png"
 step "training" bash scripts/autoregressive/train_c2i.sh --code-path "$out/codes" --val-code-path "$out/held_out_codes" \
-    --val-every 440 --dataset digits "${gpt[@]}" --vocab-size 256 --results-dir "$out/gpt" --run-name digits \
-    --epochs 48 --epoch-rate 0.5 --patch-level 2 --scheduler --global-batch-size 64 --lr 2e-3 --end-lr 1e-4 \
-    --mixed-precision none --log-every 22
+    --val-every 810 --dataset digits "${gpt[@]}" --vocab-size 256 --results-dir "$out/gpt" --run-name digits \
+    --epochs 72 --epoch-rate 0.5 --patch-level 2 --scheduler --global-batch-size 32 --lr 2e-3 --end-lr 1e-4 \
+    --mixed-precision none --log-every 45
 step "sampling" bash scripts/autoregressive/sample_c2i.sh "${vq[@]}" --gpt-ckpt "$out/gpt/digits/checkpoints/last.pt" \
     "${gpt[@]}" --image-size-eval 32 --cfg-scale 2.0 --num-fid-samples 1000 --per-proc-batch-size 100 \
     --sample-dir "$out/samples"
