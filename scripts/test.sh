@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and the whole test suite; makes its own .venv on first use.
+# Lint and the whole test suite, a process a core; makes its own .venv on first use.
 #   bash scripts/test.sh [PYTEST ARGUMENTS…]        PYTHON=/path/to/python names a prepared interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,4 +7,4 @@ source scripts/setup.sh
 setup_python requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --dist loadfile "$@"

@@ -261,6 +261,13 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_in_the_end_fatal(
     assert "lower --lr" in (tmp_path / "log").read_text()
 
 
+def test_tensorboard_when_asked_for(codes, tmp_path):
+    assert train(command(codes, tmp_path, "--tensorboard")) == [0]
+    events = next((tmp_path / "run/tensorboard").glob("events.out.tfevents.*")).read_bytes()
+    assert b"loss_2x2" in events
+    assert b"loss_1x1" in events
+
+
 def test_dry_run_of_the_published_recipes(tmp_path):
     for model in ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL"):
         arguments = (
