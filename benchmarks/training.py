@@ -18,9 +18,10 @@ import torch.nn.functional as F
 
 from autoregressive.models.gpt import GPT_SIZES, Transformer, model_args
 from autoregressive.models.rope import rope_table
+from autoregressive.train.compilation import compile_model
 from autoregressive.train.cost import peak_flops, train_flops
 from utils.distributed import World
-from utils.parallel import autocast, compile_model
+from utils.parallel import autocast
 from utils.program import keep_memory_between_steps, run
 from utils.training_state import Trained
 from utils.training_step import apply_gradients

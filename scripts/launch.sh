@@ -20,9 +20,16 @@ if [ -n "${SLURM_JOB_NODELIST:-}" ] && [ -z "${NNODES:-}" ]; then
     MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 fi
+own_address() { # the address of this node on the way to another: host names need not resolve
+    "$PYTHON" -c 'import socket, sys
+probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+probe.connect((sys.argv[1], 9))
+print(probe.getsockname()[0])' "$1"
+}
+
 NNODES=${NNODES:-1}
 if [ -z "${NPROC_PER_NODE:-}" ]; then
-    NPROC_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+    NPROC_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         NPROC_PER_NODE=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c . || true)
     fi
@@ -38,6 +45,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC_PER_NODE - 1) / N
 # By default workers share the agents' store, which outlives them (torch 2.15): restarted workers would find the addresses
 # of dead ones there, and a replaced node would never learn where to meet.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Workers get this many seconds to save when the job is stopped.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 if [ "$NNODES" = 1 ]; then
     rendezvous=(--standalone)
 else
@@ -47,7 +56,7 @@ else
     fi
     host=$([ "${NODE_RANK:-0}" = 0 ] && echo 1 || echo 0)
     rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-conf="is_host=$host"
-        --rdzv-id="${SLURM_JOB_ID:-npp}")
+        --rdzv-id="${SLURM_JOB_ID:-npp}" --local-addr="$(own_address "$MASTER_ADDR")")
 fi
 exec "$PYTHON" -m utils.launch --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --max-restarts="$restarts" \
     "${rendezvous[@]}" -m "$@"

@@ -3,13 +3,15 @@
 #   bash scripts/quickstart.sh [FOLDER]       default: quickstart/ in this checkout; the same command continues a run
 # Makes its own .venv on first use; PYTHON=/path/to/python names a prepared interpreter.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=${1:-$root/quickstart}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$root"
 source scripts/setup.sh
 setup_python requirements-dev.txt
-out=${1:-quickstart}
-mkdir -p "$out"
 : >"$out/steps.tsv"
-export PYTHON PYTHONPATH=$PWD
+export PYTHON PYTHONPATH=$root NNODES=1 NPROC_PER_NODE=${NPROC_PER_NODE:-1}
 
 step() { # step NAME COMMAND…: show the command, run it, note its seconds
     local name=$1 started=$SECONDS

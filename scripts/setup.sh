@@ -14,7 +14,7 @@ setup_python() {
     stamp=$root/.venv/installed-$(cat "$root"/requirements*.txt "$root"/evaluations/c2i/requirements.txt | cksum | cut -d ' ' -f 1)
     if [ ! -e "$stamp" ]; then
         echo "setting up .venv from $1 (once; about 5 GB, a few minutes)"
-        [ -x "$PYTHON" ] || python3 -m venv "$root/.venv" || {
+        "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear "$root/.venv" || {
             echo "error: python3 cannot make a virtual environment; install it with: apt-get install python3-venv" >&2
             exit 2
         }

@@ -31,6 +31,17 @@ def test_keeps_the_newest_and_the_milestones_everywhere(tmp_path):
     assert read_checkpoint(tmp_path / "b/last.pt")["steps"] == 5
 
 
+def test_a_lost_mirror_does_not_touch_the_first_place(tmp_path, capsys):
+    (tmp_path / "b").write_text("a file where the folder should be")
+    writer = CheckpointWriter(tmp_path / "a", [tmp_path / "b"], 2, 0)
+    for step in (1, 2, 3):
+        writer.save(step, STATE)
+    writer.wait()
+    assert saved_steps(tmp_path / "a") == [2, 3]
+    assert (tmp_path / "a/last.pt").exists()
+    assert capsys.readouterr().err.count("b/000000") == 3
+
+
 def test_keeps_young_files_and_removes_them_when_old(tmp_path):
     writer = write(tmp_path, 1, 2, 3, 4, keep_hours=1)
     assert saved_steps(tmp_path) == [1, 2, 3, 4]
@@ -98,7 +109,7 @@ def test_damage_is_seen(damage, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is not a complete PyTorch checkpoint"), (b"PK\x03\x04 half a zip", "not a complete"), (b"text", "")],
+    [(b"", "is not a complete"), (b"PK\x03\x04 half a zip", "is not a complete"), (b"text", "x.pt")],
 )
 def test_files_that_are_no_checkpoints(content, message, tmp_path):
     path = tmp_path / "x.pt"

@@ -131,6 +131,20 @@ def test_patch_loss_under_autocast_is_close_and_finite():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_patch_loss_in_fp16_keeps_small_gradients():
+    """Of 4,096 rows and 512 codes, with the loss scaled as a fresh GradScaler does."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 4096, 16), torch.randn(512, 16, requires_grad=True)
+    targets = torch.randint(8, (1, 4096, 1))  # 504 codes are never a target: their gradients are small sums
+    (expected,) = torch.autograd.grad(patch_loss(hidden, weight, targets), weight)
+    with torch.autocast("cpu", torch.float16):
+        loss = patch_loss(hidden, weight, targets)
+    (scaled,) = torch.autograd.grad(loss * 65536, weight)
+    assert scaled.dtype == torch.float32
+    for rows in (slice(0, 8), slice(8, None)):
+        assert (scaled / 65536 - expected)[rows].norm() < 0.01 * expected[rows].norm()
+
+
 @pytest.mark.parametrize(("side", "backend"), [(1, "aot_eager"), (2, "inductor")])
 def test_compiled_equals_eager(side, backend):
     model = golden_model().eval()

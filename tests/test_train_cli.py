@@ -54,6 +54,11 @@ def refusal(arguments, tmp_path, world_size=1) -> str:
         ({"--warmup-epochs": 3}, "less than --warmup-epochs 3"),
         ({"--global-batch-size": 100}, "a batch must fit the data"),
         ({"--gradient-accumulation-steps": 3}, "does not divide"),
+        ({"--global-batch-size": 0}, "--global-batch-size must be at least 1"),
+        ({"--downsample-size": 0}, "--downsample-size must be at least 1"),
+        ({"--val-every": 0}, "--val-every must be at least 1"),
+        ({"--dropout-p": 2}, "--dropout-p must be in [0, 1)"),
+        ({"--lr": -1}, "--lr must be 0 or more"),
         ({"--init-from": "missing.pt"}, "there is no checkpoint missing.pt"),
         ({"--resume": "missing.pt"}, "there is no checkpoint missing.pt"),
         ({"--gpt-ckpt": "missing.pt"}, "there is no checkpoint missing.pt"),
@@ -198,6 +203,24 @@ def test_validation_and_sample_grids_change_nothing(codes, tmp_path):
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
+def test_held_out_codes_of_another_kind_are_refused(codes, tmp_path):
+    make_store(tmp_path / "held-out/tiny16_codes", count=10, num_classes=5)
+    assert train(command(codes, tmp_path, x={"--val-code-path": tmp_path / "held-out"}), output=tmp_path / "log") == [2]
+    assert "has another number of classes than the training codes" in (tmp_path / "log").read_text()
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(codes, tmp_path):
+    def full_from_step_9():
+        from utils.checkpoint_files import CheckpointWriter
+
+        write = CheckpointWriter._write
+        CheckpointWriter._write = lambda self, step, state: write(self, step, state) if step < 9 else None
+
+    assert train(command(codes, tmp_path), output=tmp_path / "log", before=full_from_step_9) == [2]
+    assert "0000012.pt could not be written; free some space" in (tmp_path / "log").read_text()
+    assert train(command(codes, tmp_path)) == [0]
+
+
 def test_start_from_published_weights(codes, tmp_path):
     """A file as LlamaGen publishes them carries its settings as a Namespace."""
     model = Transformer(ModelArgs(**TINY))
@@ -219,6 +242,9 @@ def test_continue_in_another_folder_with_gpt_ckpt(codes, tmp_path):
     middle = tmp_path / "run/checkpoints/0000006.pt"
     assert train(command(codes, tmp_path, x={"--gpt-ckpt": middle, "--run-name": "again"})) == [0]
     assert_same_state(last_checkpoint(tmp_path, "again")["model"], last_checkpoint(tmp_path)["model"])
+    finished = command(codes, tmp_path, x={"--gpt-ckpt": tmp_path / "run/checkpoints/last.pt", "--run-name": "more"})
+    assert train(finished, output=tmp_path / "log3") == [2]
+    assert "has 12 steps, this run ends at 12; raise --epochs" in (tmp_path / "log3").read_text()
     bigger = command(codes, tmp_path, x={"--gpt-ckpt": middle, "--run-name": "other", "--dropout-p": 0.3})
     assert train(bigger, output=tmp_path / "log") == [2]
     assert "was trained with resid_dropout_p 0.1, this run has 0.3" in (tmp_path / "log").read_text()
@@ -257,7 +283,7 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_in_the_end_fatal(
     assert all(value.isfinite().all() for value in last_checkpoint(tmp_path)["model"].values())
     fatal = command(codes, tmp_path, x={"--run-name": "fatal", "--max-skipped-steps": 4})
     assert train(fatal, output=tmp_path / "log", before=lambda: poison(range(99))) == [2]
-    assert "4 steps had gradients that are not finite" in (tmp_path / "log").read_text()
+    assert "the gradients of 4 steps in a row were not finite" in (tmp_path / "log").read_text()
     assert "lower --lr" in (tmp_path / "log").read_text()
 
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from autoregressive.train import train_c2i
 from tests.tiny_training import (
     NO_DROPOUT,
     assert_same_state,
@@ -38,6 +39,18 @@ def assert_same_training(results, other, tolerance=1e-5):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_does(parallel, codes, alone, tmp_path):
     assert train(command(codes, tmp_path, "--ema", "--parallel", parallel, no=NO_DROPOUT), world_size=2) == [0, 0]
+    assert_same_training(tmp_path, alone)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiling_ahead_leaves_no_gradients(parallel, codes, alone, tmp_path):
+    """The passes that compile each level come before the first step; here they run without the compiler."""
+
+    def no_compiler():
+        train_c2i.compile_model = lambda model: None
+
+    arguments = command(codes, tmp_path, "--ema", "--compile", "--parallel", parallel, no=NO_DROPOUT)
+    assert train(arguments, world_size=2, before=no_compiler) == [0, 0]
     assert_same_training(tmp_path, alone)
 
 

@@ -82,21 +82,31 @@ class CheckpointWriter:
             raise failure
 
     def _write(self, step: int, state: dict) -> None:
-        path = checkpoint_path(self.folders[0], step)
         try:
-            with atomic_file(path) as file:
-                torch.save(state, file)
+            if not self._write_to(self.folders[0], step, lambda file: torch.save(state, file)):
+                return
             for mirror in self.folders[1:]:
-                with open(path, "rb") as source, atomic_file(mirror / path.name) as copy:
-                    shutil.copyfileobj(source, copy, 1 << 20)
-            for folder in self.folders:
-                _point_last_at(checkpoint_path(folder, step))
-                self._prune(folder)
-        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-            print(f"warning: the checkpoint of step {step} could not be written ({error}); training goes on, the last "
-                  "good one stays. Free some space.", file=sys.stderr)  # fmt: skip
+                with open(checkpoint_path(self.folders[0], step), "rb") as source:
+                    self._write_to(mirror, step, lambda file, source=source: shutil.copyfileobj(source, file, 1 << 20))
         except BaseException as error:  # raised again by wait(), in the training thread
             self._failure = error
+
+    def _write_to(self, folder: Path, step: int, write: Callable) -> bool:
+        """Whether the file was written; if not, for want of space or of the file system, a warning has been given."""
+        path = checkpoint_path(folder, step)
+        try:
+            with atomic_file(path) as file:
+                write(file)
+            _point_last_at(path)
+            self._prune(folder)
+            return True
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # only that is how torch.save reports a failed write
+            reason = str(error).splitlines()[0]
+            print(f"warning: {path} could not be written ({reason}); training goes on, the last good checkpoint stays; "
+                  "free some space there.", file=sys.stderr)  # fmt: skip
+            return False
 
     def _prune(self, folder: Path) -> None:
         for step in saved_steps(folder)[: -self.keep_last]:

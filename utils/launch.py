@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -25,6 +26,8 @@ def main() -> None:
         signal.signal(signal.SIGUSR1, _forward_to_workers)
         try:
             torchrun(sys.argv[1:])
+        except SignalException as stop:  # the workers have had their time to save
+            sys.exit(128 + stop.sigval)
         except ChildFailedError as error:
             if os.path.exists(marker):
                 sys.exit(USER_ERROR_STATUS)

@@ -22,7 +22,9 @@ def distribute(model: nn.Module, world: World, mode: str, precision: str) -> nn.
         return model
     if mode == "ddp":
         device_ids = [world.device] if world.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     mesh = init_device_mesh(world.device.type, (world.size,))
     # Inputs are not cast: the rotary table must stay float32, and the embeddings are already in the precision.
     policy = MixedPrecisionPolicy(

@@ -40,8 +40,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, ckpt_every: int, keep_las
     )
     group.add_argument("--keep-last", type=int, default=keep_last, help="newest checkpoints kept (2 or more)")
     group.add_argument("--keep-hours", type=float, default=0, help="checkpoints younger than this are kept as well")
-    group.add_argument("--max-skipped-steps", type=int, default=100, help="stop when as many steps had gradients that "
-                       "are not finite (such steps change nothing)")  # fmt: skip
+    group.add_argument("--max-skipped-steps", type=int, default=100, help="stop when the gradients of as many steps in "
+                       "a row were not finite (such steps leave the weights as they are)")  # fmt: skip
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files into the run folder")
 
 
@@ -62,9 +62,10 @@ class TrainingRun:
         config: dict,
         parts: Sequence[Trained],
         milestones: Sequence[int],
+        scaler: torch.amp.GradScaler,
     ):
         _check(args)
-        self.args, self.world, self.config, self.parts = args, world, config, parts
+        self.args, self.world, self.config, self.parts, self.scaler = args, world, config, parts, scaler
         self.milestones, self.total_steps = frozenset(milestones), max(milestones)
         parent = args.cloud_save_path if args.no_local_save else args.results_dir
         name = args.run_name or default_run_name(model_name, recipe)
@@ -78,7 +79,7 @@ class TrainingRun:
             )
         self.metrics = Metrics(self.folder.path / "metrics.jsonl", world, self.total_steps, args.tensorboard)
         self._save_asked = self._stop_asked = False
-        self._skipped = torch.zeros((), dtype=torch.float32, device=world.device)
+        self._skipped = torch.zeros(2, device=world.device)  # steps in all, and up to now in a row
         # Ranks agree on signals and on the clock by a collective on the CPU, which need not happen at every step.
         self._agree_every = 1 if world.size == 1 else min(10, args.log_every)
 
@@ -93,22 +94,24 @@ class TrainingRun:
             return 0
         checkpoint = read_checkpoint(path) if self.world.is_main else {}
         restore_state(self.parts, checkpoint, self.world)
-        progress = {key: checkpoint.get(key) for key in ("steps", "metrics", "skipped_steps")}
+        progress = {key: checkpoint.get(key) for key in ("steps", "metrics", "skipped_steps", "scaler")}
         progress = self.world.broadcast(progress)
         same_world = progress["metrics"] and len(progress["metrics"]["sums"]) == self.world.size
         self.metrics.resume(progress["steps"], progress["metrics"] if same_world else None)
-        self._skipped += progress["skipped_steps"]
+        self._skipped += torch.tensor(progress["skipped_steps"], device=self.world.device)
+        self.scaler.load_state_dict(progress["scaler"])
         self.metrics.say(f"continuing {self.folder.path} after step {progress['steps']:,}")
         return progress["steps"]
 
     def end_step(self, steps_done: int, log: Callable[[dict], dict], found_inf: torch.Tensor) -> None:
         """Log and save when it is time. `log` completes a row of means; `found_inf` is 1.0 for a skipped step."""
         self._skipped += found_inf
+        self._skipped[1] *= found_inf
         milestone = steps_done in self.milestones
         if milestone or steps_done % self.args.log_every == 0:
-            row = log(self.metrics.row() | {"skipped_steps": int(self._skipped.item())})
-            self.metrics.write(steps_done, row)
-            self._stop_if_diverged(row["skipped_steps"])
+            skipped, in_a_row = map(int, self._skipped.tolist())
+            self.metrics.write(steps_done, log(self.metrics.row() | {"skipped_steps": skipped}))
+            self._stop_if_diverged(in_a_row)
         save, stop = self._agree(steps_done)
         if milestone or save or stop or steps_done % self.args.ckpt_every == 0:
             self.save(steps_done)
@@ -118,7 +121,8 @@ class TrainingRun:
     def save(self, steps_done: int) -> None:
         """Copy the state and write it in the background; every rank must call it."""
         state = capture_state(self.parts, self.world)
-        state |= {"metrics": self.metrics.state(), "skipped_steps": int(self._skipped.item())}
+        state |= {"metrics": self.metrics.state(), "skipped_steps": self._skipped.tolist()}
+        state["scaler"] = self.scaler.state_dict()
         if self._writer is not None:
             state |= {"steps": steps_done, "args": vars(self.args), "config": self.config}
             self._writer.save(steps_done, state)
@@ -126,25 +130,43 @@ class TrainingRun:
 
     def finish(self) -> Path:
         """Wait for the last checkpoint and return its path."""
+        path = self._finish_at(self.total_steps)
+        self.metrics.close()
+        return path
+
+    def _finish_at(self, steps_done: int) -> Path:
+        path = checkpoint_path(self.folder.checkpoints, steps_done)
+        if not self._is_written(path):
+            self.save(steps_done)  # once more
+        if not self._is_written(path):
+            raise UserError(f"the last checkpoint {path} could not be written; free some space and run the same "
+                            "command again.")  # fmt: skip
+        return path
+
+    def _is_written(self, path: Path) -> bool:
         if self._writer is not None:
             self._writer.wait()
-        self.world.barrier()
-        self.metrics.close()
-        return checkpoint_path(self.folder.checkpoints, self.total_steps)
+        return self.world.broadcast(path.exists())
 
     def _checkpoint_to_resume(self) -> Path | None:
         own = newest_complete(self.folder.checkpoints)
         if own is None and saved_steps(self.folder.checkpoints):
             raise UserError(f"every checkpoint in {self.folder.checkpoints} is damaged; remove them to start anew, "
                             "or copy a good one there.")  # fmt: skip
+        if own is not None and self.args.resume != "auto":
+            print(f"continuing this run's own {own.name} instead of {self.args.resume}", file=sys.stderr)
         if own is not None or self.args.resume == "auto":
             return own
         path = Path(self.args.resume)
         checkpoint = read_checkpoint(path)
-        missing = [key for key in ("model", "optimizer", "steps", "metrics") if key not in checkpoint]
+        learned = [name for part in self.parts for name in part.names[: 3 if part.ema is not None else 2]]
+        missing = [key for key in (*learned, "steps", "metrics", "config") if key not in checkpoint]
         if missing:
             raise UserError(f"{path} holds no {missing[0]}, so training cannot continue from it; "
                             "to start from its weights alone use --init-from.")  # fmt: skip
+        if checkpoint["steps"] >= self.total_steps:
+            raise UserError(f"{path} has {checkpoint['steps']:,} steps, this run ends at {self.total_steps:,}; raise "
+                            "--epochs, or use --init-from to start from its weights alone.")  # fmt: skip
         if not is_complete(path):
             raise UserError(f"{path} is damaged; copy it again.")
         different = [key for key, value in self.config.items() if checkpoint["config"].get(key, value) != value]
@@ -167,13 +189,14 @@ class TrainingRun:
     def _stop_if_diverged(self, skipped: int) -> None:
         if skipped >= self.args.max_skipped_steps:
             raise UserError(
-                f"{skipped} steps had gradients that are not finite and were skipped; lower --lr, lengthen "
-                "--warmup-epochs or use --mixed-precision bf16, and start again from an earlier checkpoint "
-                f"in {self.folder.checkpoints}."
+                f"the gradients of {skipped} steps in a row were not finite; use --mixed-precision bf16, lower --lr or "
+                f"lengthen --warmup-epochs, in a new --run-name (--resume {self.folder.checkpoints}/… continues an "
+                "earlier checkpoint there)."
             )
 
     def _leave(self, steps_done: int) -> None:
-        self.finish()
+        self._finish_at(steps_done)
+        self.metrics.close()
         if self.world.is_main:
             print(f"stopped by a signal after step {steps_done:,}; the same command continues", file=sys.stderr)
         self.world.close()

@@ -152,13 +152,14 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float):
         super().__init__()
-        self.p = p
+        self.active = p > 0
+        self.register_buffer("p", torch.tensor(p), persistent=False)  # a tensor: layers share one compiled graph
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.p == 0.0 or not self.training:
+        if not self.active or not self.training:
             return x
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.p)
-        return x * keep / (1 - self.p)
+        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
+        return x * (keep / (1 - self.p)).type_as(x)
 
 
 class TransformerBlock(nn.Module):

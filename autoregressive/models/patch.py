@@ -35,28 +35,30 @@ def patch_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     arXiv 2410.10989): memory does not grow with the batch and no product is computed twice.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten(0, 1)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _PatchLoss.apply(hidden, weight, targets)
-    return _loss_and_gradients(hidden, weight, targets, with_gradients=False)[0]
+        return _PatchLoss.apply(hidden, weight, targets, dtype)
+    return _loss_and_gradients(hidden, weight, targets, dtype, with_gradients=False)[0]
 
 
 class _PatchLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        loss, d_hidden, d_weight = _loss_and_gradients(hidden, weight, targets, with_gradients=True)
+    def forward(ctx, hidden, weight, targets, dtype):
+        loss, d_hidden, d_weight = _loss_and_gradients(hidden, weight, targets, dtype, with_gradients=True)
         ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss.to(d_weight.dtype), None
+        d_hidden, d_weight = ctx.saved_tensors  # of the sum over rows: in 16 bits their mean would vanish
+        scale = d_loss / d_hidden.shape[0]
+        return (d_hidden.float() * scale).to(ctx.dtypes[0]), (d_weight * scale).to(ctx.dtypes[1]), None, None
 
 
-def _loss_and_gradients(hidden, weight, targets, with_gradients):
+def _loss_and_gradients(hidden, weight, targets, dtype, with_gradients):
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     rows, vocab = hidden.shape[0], weight.shape[0]
     chunks = -(-rows * vocab // CHUNK_ELEMENTS.get(hidden.device.type, 2**27))
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -68,11 +70,10 @@ def _loss_and_gradients(hidden, weight, targets, with_gradients):
             loss -= log_p.gather(1, t).mean(1).sum() / rows
             if not with_gradients:
                 continue
-            # d loss / d logits = (softmax - 1/k at each of the k targets) / rows
-            d_logits = (log_p.exp_() / rows).to(h.dtype)
-            d_logits.scatter_add_(1, t, d_logits.new_full((1, 1), -1 / (rows * t.shape[1])).expand_as(t))
+            # d loss / d logits, times rows: softmax - 1/k at each of the k targets
+            d_logits = log_p.exp_().scatter_add_(1, t, log_p.new_full((1, 1), -1 / t.shape[1]).expand_as(t)).to(dtype)
             d_hidden.append(d_logits @ weight)
             d_weight += d_logits.T @ h
     if not with_gradients:
         return loss, None, None
-    return loss, torch.cat(d_hidden), d_weight.to(weight.dtype)
+    return loss, torch.cat(d_hidden), d_weight

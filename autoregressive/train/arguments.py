@@ -5,6 +5,7 @@ import argparse
 from autoregressive.models.gpt import GPT_SIZES
 from autoregressive.train.watch import add_watch_arguments
 from utils.parallel import PRECISIONS
+from utils.program import UserError
 from utils.training_run import add_run_arguments
 
 
@@ -24,6 +25,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.code_path is None and not args.dry_run:
         parser.error("the following arguments are required: --code-path")
+    _check_ranges(args)
     if args.gpt_ckpt is not None:
         if args.resume != "auto":
             parser.error("--gpt-ckpt and --resume mean the same; give one of them")
@@ -92,3 +94,18 @@ def _add_machine_arguments(group) -> None:
                        "default: on GPUs only")  # fmt: skip
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute layers in backward: less "
                        "memory, about a third more compute")  # fmt: skip
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    at_least_one = ("vocab_size", "image_size", "downsample_size", "num_classes", "global_batch_size",
+                    "gradient_accumulation_steps", "val_every", "sample_every")  # fmt: skip
+    probabilities = ("dropout_p", "token_dropout_p", "drop_path_rate", "class_dropout_p", "beta1", "beta2", "ema_decay")
+    not_negative = ("lr", "end_lr", "weight_decay", "max_grad_norm")
+    for names, right, range_ in (
+        (at_least_one, lambda value: value >= 1, "at least 1"),
+        (probabilities, lambda value: 0 <= value < 1, "in [0, 1)"),
+        (not_negative, lambda value: value >= 0, "0 or more"),
+    ):
+        for name in names:
+            if not right(getattr(args, name)):
+                raise UserError(f"--{name.replace('_', '-')} must be {range_}, got {getattr(args, name)}.")

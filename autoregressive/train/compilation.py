@@ -11,6 +11,8 @@ from utils.training_state import Trained
 
 def compile_model(model: Transformer) -> None:
     """Compile layer by layer, in place: one small graph a patch side, gradients leave for other ranks as they come."""
+    # A graph for each patch side, batch shape and mode (training, validation), shared by all layers.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for layer in model.layers:
         layer.compile(dynamic=False, fullgraph=not model.args.activation_checkpointing)
     model.head_loss = torch.compile(model.head_loss, dynamic=False)
@@ -22,7 +24,7 @@ def compile_levels(args, plan: Plan, gpt_args: ModelArgs, trained: Trained, scal
     codes = torch.zeros(images, gpt_args.block_size, dtype=torch.int64, device=world.device)
     for level in plan.levels:
         if start < level.first_step + level.steps:
-            sync_gradients(trained.module, False)
+            sync_gradients(trained.module, True)  # unsynchronised, FSDP would keep them for the first real step
             with autocast(trained.module, world, args.mixed_precision):
                 _, loss = trained.module(codes, codes[:, 0], codes, level.side)
             scaler.scale(loss).backward()

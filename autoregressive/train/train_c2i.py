@@ -44,6 +44,7 @@ def main() -> None:
     training = TrainingRun(
         args, world, args.gpt_model, _recipe(args, stores), _config(args, gpt_args, stores), [trained],
         milestones=[level.first_step + level.steps for level in plan.levels],
+        scaler=torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16"),
     )  # fmt: skip
     train(args, plan, gpt_args, trained, training, stores, world)
     checkpoint = training.finish()
@@ -55,7 +56,7 @@ def main() -> None:
 def train(args, plan: Plan, gpt_args: ModelArgs, trained: Trained, training: TrainingRun, stores, world: World) -> None:
     """The method: at every step the plan says how many codes one patch averages, and how fast to learn."""
     start = training.start()
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
+    scaler = training.scaler
     if args.compile:
         compile_levels(args, plan, gpt_args, trained, scaler, world, start)
     loader = CodeLoader(
@@ -175,7 +176,8 @@ def _recipe(args, stores: list[CodeStore]) -> dict:
 def _config(args, gpt_args: ModelArgs, stores: list[CodeStore]) -> dict:
     """What a sampler must know about the weights; checked against its flags."""
     meta = stores[0].meta
-    return asdict(gpt_args) | {
+    trained_as = {name: value for name, value in asdict(gpt_args).items() if name != "activation_checkpointing"}
+    return trained_as | {
         "gpt_model": args.gpt_model, "image_size": args.image_size, "downsample_size": args.downsample_size,
         "grid": list(gpt_args.grid), "tokenizer": meta.tokenizer, "class_names": meta.class_names,
     }  # fmt: skip

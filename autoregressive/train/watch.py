@@ -88,8 +88,16 @@ class Watch:
         if not self.args.val_code_path:
             return None
         store = find_stores(self.args.val_code_path, self.args.dataset, self.args.image_size)[0]
-        if store.meta.grid != self.model_args.grid:
-            raise UserError(f"{store.path} holds another grid than the training codes; extract it the same way.")
+        meta, trained_on = store.meta, self.training.config
+        differing = [name for name, ours, theirs in (
+            ("grid", meta.grid, self.model_args.grid), ("codebook size", meta.codebook_size, self.args.vocab_size),
+            ("number of classes", meta.num_classes, self.args.num_classes),
+            ("tokenizer", meta.tokenizer.get("hash"), trained_on["tokenizer"].get("hash")),
+        ) if ours is not None and theirs is not None and ours != theirs]  # fmt: skip
+        if differing:
+            raise UserError(
+                f"{store.path} has another {differing[0]} than the training codes; extract it the same way."
+            )
         return CodeDataset([store], augment=False)
 
     def _open_tokenizer(self):
@@ -111,11 +119,11 @@ class Watch:
         # Ranks may hold one batch more or less than others; wrapped modules must run equally often on all of them.
         batches = -(-len(self.validation) // (images * self.world.size))
         iterator = self.validation.sequential_batches(images, self.world.rank, self.world.size, self.world.device)
-        spare = torch.zeros(1, self.model_args.block_size, dtype=torch.int64, device=self.world.device)
+        spare = torch.zeros(images, self.model_args.block_size, dtype=torch.int64, device=self.world.device)
         for _ in range(batches):
             codes, labels = next(iterator, (spare, None))
             with autocast(module, self.world, self.args.mixed_precision):
-                _, loss = module(codes, spare[0, :1] if labels is None else labels, codes, side)
+                _, loss = module(codes, spare[:, 0] if labels is None else labels, codes, side)
             if labels is not None:
                 total += torch.stack([loss * len(codes), torch.tensor(float(len(codes)), device=self.world.device)])
         module.train()

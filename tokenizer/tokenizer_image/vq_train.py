@@ -47,7 +47,8 @@ def main() -> None:
     parts = [tokenizer] if discriminator is None else [tokenizer, discriminator]
     milestones = [plan.total_steps] if discriminator is None else [args.disc_start, plan.total_steps]
     training = TrainingRun(
-        args, world, args.vq_model, recipe_of(args, folder), config_of(args), parts, milestones=milestones
+        args, world, args.vq_model, recipe_of(args, folder), config_of(args), parts, milestones=milestones,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16"),
     )  # fmt: skip
     train(args, plan, folder, tokenizer, discriminator, loss, training, world)
     checkpoint = training.finish()
@@ -68,7 +69,7 @@ def train(
 ) -> None:
     """The method: reconstruct, compare, update; from `--disc-start` on, then let the discriminator learn, too."""
     start = training.start()
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
+    scaler = training.scaler
     views = RandomViews(folder, args.image_size, args.global_seed, args.mirror)
     order = BatchOrder(len(folder), args.global_batch_size, world.rank, world.size, args.global_seed)
     batches = random_view_batches(views, order, start, args.num_workers, world)
