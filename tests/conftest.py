@@ -1,8 +1,14 @@
-"""One thread a process: tests are tiny, several run at once, and a process without a thread pool can be forked."""
+"""One thread a process: tests are tiny, several run at once, and a process without a thread pool can be forked.
+
+Tests run on the CPU, whose results they compare bit for bit; GPUs are hidden. Those that need one:
+`NPP_TEST_GPU=1 pytest -k gpu`.
+"""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+if os.environ.get("NPP_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
