@@ -1,6 +1,8 @@
 """Decoding with a cache against golden generations and against the teacher-forced model."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -198,9 +200,25 @@ def test_logits_that_are_not_finite_are_an_error(sample_logits):
         generate(model, LABELS, 4, 2.0, sample_logits=sample_logits)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_caches_go_with_the_generator(monkeypatch, compile):
+    """At once, not when cycles are collected: a GPU's memory must not hold two batches' caches."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    generator = CodeGenerator(golden_model(), 3, 64, Sampling(2.0), compile)
+    generator(LABELS, uniforms(3))
+    alive = weakref.ref(generator)
+    gc.collect()
+    gc.disable()
+    try:
+        del generator
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compile", [False, True])
-def test_cuda_graphs_repeat_the_golden_generation_without_waiting(compile):
+def test_on_a_gpu_graphs_repeat_the_golden_generation_without_waiting(compile):
     generator = CodeGenerator(golden_model().cuda(), 3, 64, Sampling(2.0, 20, sample_logits=False), compile)
     labels, numbers = LABELS.cuda(), uniforms(3).cuda()
     assert generator(labels, numbers).tolist() == FIGURES["gen.cfg2.0.int20"].tolist()

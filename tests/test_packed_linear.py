@@ -46,6 +46,14 @@ def test_codes_are_the_golden_ones_and_equal_in_any_batch():
             assert torch.equal(generator(labels[part], uniforms[part]), together[part])
 
 
+def test_without_the_operators_layers_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    model = golden_model()
+    pack_linears(model)
+    assert any(isinstance(module, nn.Linear) for module in model.modules())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_precisions(dtype):
     model = golden_model().to(dtype)

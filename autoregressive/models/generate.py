@@ -115,7 +115,7 @@ class CodeGenerator:
         compiled = torch.compile(fullgraph=True, dynamic=False) if compile else lambda function: function
         self._before_attention = compiled(TransformerBlock.before_attention)
         self._after_attention = compiled(TransformerBlock.after_attention)
-        self._next_codes = compiled(self._next_codes)
+        self._pick_codes = compiled(CodeGenerator._next_codes)  # unbound: a bound method would keep `self` alive
         self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
@@ -161,7 +161,8 @@ class CodeGenerator:
 
     def _capture(self, length: int, guided: bool) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
+        # "thread_local": the thread that decodes images meanwhile may allocate and wait
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
             self._decode_token(length, guided)
         return graph.replay
 
@@ -179,7 +180,7 @@ class CodeGenerator:
             query = self._before_attention(layer, x, rope, keys, values, self.position)
             attended = layer.attention.attend(query, keys[:, :, :length], values[:, :, :length], mask)
             x = self._after_attention(layer, x, attended)
-        codes, finite = self._next_codes(x, guided)
+        codes, finite = self._pick_codes(self, x, guided)
         self.finite.logical_and_(finite)
         self.codes.index_copy_(1, self.position, codes.unsqueeze(1))
         embedded = self.model.tok_embeddings(codes)

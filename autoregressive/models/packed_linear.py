@@ -31,9 +31,11 @@ def pack_linears(model: nn.Module) -> None:
 
     The model can then no longer be trained, moved or saved.
     """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return
     dtype = next(model.parameters()).dtype
     in_bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not torch.backends.mkldnn.is_available() or not (dtype == torch.float32 or in_bf16):
+    if not (dtype == torch.float32 or in_bf16):
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
