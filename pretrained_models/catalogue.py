@@ -1,6 +1,7 @@
 """The published weights by name, where they lie once downloaded, and starting from them."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -17,19 +18,23 @@ class PublishedFile:
     repository: str  # on the Hugging Face hub
     filename: str  # there
     description: str
+    config: dict = field(default_factory=dict)  # what it was trained as, which not every file says itself
+
+
+def _published_gpt(repository: str, size: str, pixels: int, method: str) -> PublishedFile:
+    config = {"gpt_model": f"GPT-{size}", "image_size": pixels, "downsample_size": 16}
+    return PublishedFile(repository, f"c2i_{size}_{pixels}.pt", f"GPT-{size}, {method}, {pixels} px", config)
 
 
 PUBLISHED = {
-    "vq_ds16_c2i.pt": PublishedFile(LLAMAGEN, "vq_ds16_c2i.pt", "tokenizer VQ-16"),
-    "vq_ds8_c2i.pt": PublishedFile(LLAMAGEN, "vq_ds8_c2i.pt", "tokenizer VQ-8"),
+    "vq_ds16_c2i.pt": PublishedFile(LLAMAGEN, "vq_ds16_c2i.pt", "tokenizer VQ-16", {"vq_model": "VQ-16"}),
+    "vq_ds8_c2i.pt": PublishedFile(LLAMAGEN, "vq_ds8_c2i.pt", "tokenizer VQ-8", {"vq_model": "VQ-8"}),
     **{
-        f"npp/c2i_{size}_256.pt": PublishedFile(NPP, f"c2i_{size}_256.pt", f"GPT-{size}, next patch prediction, 256 px")
+        f"npp/c2i_{size}_256.pt": _published_gpt(NPP, size, 256, "next patch prediction")
         for size in ("B", "L", "XL", "XXL")
     },
     **{
-        f"llamagen/c2i_{size}_{pixels}.pt": PublishedFile(
-            LLAMAGEN, f"c2i_{size}_{pixels}.pt", f"GPT-{size}, next token prediction, {pixels} px"
-        )
+        f"llamagen/c2i_{size}_{pixels}.pt": _published_gpt(LLAMAGEN, size, pixels, "next token prediction")
         for pixels, sizes in ((256, ("B", "L")), (384, ("B", "L", "XL", "XXL", "3B")))
         for size in sizes
     },
@@ -48,6 +53,18 @@ def find_weights(name_or_path: str) -> Path:
     if not (FOLDER / name).exists():
         raise UserError(f"{name} has not been downloaded; run: bash scripts/download.sh {name}")
     return FOLDER / name
+
+
+def published_config(path: str | Path) -> dict:
+    """What the published file at `path` was trained as: one in `FOLDER`, or in any folder called pretrained_models."""
+    place = Path(os.path.abspath(path))
+    for name, file in PUBLISHED.items():
+        if place == Path(os.path.abspath(FOLDER / name)) or place.parts[-1 - len(Path(name).parts) :] == (
+            "pretrained_models",
+            *Path(name).parts,
+        ):
+            return file.config
+    return {}
 
 
 def load_initial(model: nn.Module, name_or_path: str, remedy: str) -> str:

@@ -50,6 +50,8 @@ def download(name: str, folder: Path = FOLDER) -> Path:
     url = hf_hub_url(file.repository, file.filename)
     try:
         remote = get_hf_file_metadata(url)
+        if remote.size is None:
+            raise UserError(f"the hub does not say how large {name} is; give another HF_ENDPOINT, or try again later.")
         version = (remote.etag or "unknown")[:16]
         part = target.with_name(f".{target.name}.{version}.part")
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -124,6 +125,12 @@ def test_damaged_content_is_removed(hub, tmp_path):
     with pytest.raises(UserError, match="arrived damaged"):
         download.download(NAME, tmp_path)
     assert list((tmp_path / "npp").iterdir()) == []
+
+
+def test_a_hub_that_does_not_say_the_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(download, "get_hf_file_metadata", lambda url: SimpleNamespace(size=None, etag="x"))
+    with pytest.raises(UserError, match="the hub does not say how large"):
+        download.download(NAME, tmp_path)
 
 
 def test_a_file_that_the_hub_does_not_have(hub, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.models.load import build_gpt
+from pretrained_models import catalogue
 from utils.program import UserError
 
 SETTINGS = dict(block_size=16, grid=(4, 4), num_classes=10, vocab_size=64)
@@ -95,8 +96,42 @@ def test_bare_files_are_known_by_their_shapes(model, save, name, changes, senten
 
 def test_fsdp_exports(model, save):
     assert build_gpt("GPT-Tiny", save(bare=model.state_dict()), **BUILD, from_fsdp=True)
+    prefixed = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
+    assert build_gpt("GPT-Tiny", save(bare=prefixed), **BUILD, from_fsdp=True)
     with pytest.raises(UserError, match="not a bare state dict"):
         build_gpt("GPT-Tiny", save(model=model.state_dict()), **BUILD, from_fsdp=True)
+
+
+@pytest.mark.parametrize("place", ["pretrained_models/npp/c2i_B_256.pt", "catalogue/npp/c2i_B_256.pt"])
+def test_published_files_are_known_by_their_place(model, tmp_path, monkeypatch, place):
+    """A bare file does not say its image size; the catalogue does."""
+    monkeypatch.setattr(catalogue, "FOLDER", tmp_path / "catalogue")
+    config = catalogue.PUBLISHED["npp/c2i_B_256.pt"].config
+    assert config == {"gpt_model": "GPT-B", "image_size": 256, "downsample_size": 16}
+    monkeypatch.setitem(config, "gpt_model", "GPT-Tiny")
+    monkeypatch.setitem(config, "image_size", 64)
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    torch.save(model.state_dict(), path)
+    assert build_gpt("GPT-Tiny", path, **BUILD)[1].grid_known
+    with pytest.raises(UserError, match=r"grids of 4x4 codes \(--image-size 64\), not 8x8"):
+        build_gpt("GPT-Tiny", path, **BUILD | dict(grid=(8, 8)))
+    monkeypatch.setitem(config, "gpt_model", "GPT-B")
+    with pytest.raises(UserError, match="holds"):
+        build_gpt("GPT-L", path, **BUILD)
+    elsewhere = tmp_path / "c2i_B_256.pt"
+    torch.save(model.state_dict(), elsewhere)
+    assert not build_gpt("GPT-Tiny", elsewhere, **BUILD | dict(grid=(2, 2)))[1].grid_known
+
+
+@pytest.mark.parametrize("contents", [dict(model=torch.zeros(3)), dict(model={0: torch.zeros(3)}), dict(model={})])
+def test_files_without_weights(save, contents):
+    with pytest.raises(UserError, match="holds no model weights"):
+        build_gpt("GPT-Tiny", save(**contents), **BUILD)
+
+
+def test_settings_of_another_kind_say_nothing(model, save):
+    assert not build_gpt("GPT-Tiny", save(model=model.state_dict(), args=[1], config="?"), **BUILD)[1].grid_known
 
 
 def test_files_that_do_not_fit(model, save, tmp_path):

@@ -41,16 +41,34 @@ def select_weights(checkpoint: dict, path: str | Path, weights: str = "auto") ->
     `auto` takes the exponential moving average where the file has one. Raw weights are found under `model`, `module`
     or `state_dict`, or are the whole file (FSDP exports).
     """
-    if weights == "ema" and "ema" not in checkpoint:
+    if weights == "ema" and not _is_state(checkpoint.get("ema")):
         raise UserError(f"{path} holds no EMA weights; use --weights raw.")
-    if weights != "raw" and checkpoint.get("ema"):
+    if weights != "raw" and _is_state(checkpoint.get("ema")):
         state, kind = checkpoint["ema"], "ema"
     else:
         state = next((checkpoint[key] for key in ("model", "module", "state_dict") if key in checkpoint), checkpoint)
         kind = "raw"
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not _is_state(state):
         raise UserError(f"{path} holds no model weights (looked for model, module, state_dict or plain tensors).")
     return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}, kind
+
+
+def _is_state(value) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+    )
+
+
+def recorded_settings(checkpoint: dict) -> dict:
+    """What a checkpoint says about its training, under `args` (published files) and `config`; {} if nothing."""
+    recorded: dict = {}
+    for key in ("args", "config"):
+        settings = checkpoint.get(key)
+        settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+        recorded |= settings if isinstance(settings, dict) else {}
+    return {name: value for name, value in recorded.items() if value is not None}
 
 
 def load_strict(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path, remedy: str) -> None:

@@ -1,10 +1,10 @@
 """Building a trained GPT from a file, in one place, and saying which model the file holds.
 
-A file says what it is in up to three ways: the `config` dict of this program's trainer, the `args` that published
-files carry, and the shapes of its tensors. Whatever is known must agree with the flags.
+A file says what it is in up to four ways: the `config` dict of this program's trainer, the `args` that published
+files carry, the catalogue's entry of a published name, and the shapes of its tensors. Whatever is known must agree with
+the flags.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from autoregressive.models.gpt import GPT_SIZES, GPT_models, Transformer
-from utils.checkpoint import load_strict, read_checkpoint, select_weights
+from pretrained_models.catalogue import published_config
+from utils.checkpoint import load_strict, read_checkpoint, recorded_settings, select_weights
 from utils.program import UserError
 
 
@@ -55,9 +56,9 @@ def build_gpt(
         raise UserError(f"there is no model {name}; --gpt-model is one of {', '.join(GPT_models)}.")
     checkpoint = read_checkpoint(checkpoint_path)
     state, kind = select_weights(checkpoint, checkpoint_path, weights)
-    if from_fsdp and state.keys() - checkpoint.keys():
+    if from_fsdp and not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         raise UserError(f"{checkpoint_path} is not a bare state dict as FSDP exports are; leave out --from-fsdp.")
-    config = recorded_config(checkpoint)
+    config = with_grid(published_config(checkpoint_path) | recorded_settings(checkpoint))
     wanted = {"gpt_model": name, "num_classes": num_classes, "vocab_size": vocab_size, "grid": tuple(grid)}
     _refuse_contradictions(wanted, config | _shapes(state), checkpoint_path)
 
@@ -87,18 +88,13 @@ def build_gpt(
     return model.requires_grad_(False).eval(), info
 
 
-def recorded_config(checkpoint: dict) -> dict[str, Any]:
-    """The settings a checkpoint carries (empty for a bare state dict), with `grid` worked out where possible."""
-    config: dict[str, Any] = {}
-    for key in ("args", "config"):
-        settings = checkpoint.get(key)
-        settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-        config |= settings if isinstance(settings, dict) else {}
+def with_grid(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a training, with the `grid` of codes worked out where they say enough."""
     if config.get("grid"):
-        config["grid"] = tuple(config["grid"])
-    elif config.get("image_size") and config.get("downsample_size"):
-        config["grid"] = (config["image_size"] // config["downsample_size"],) * 2
-    return {key: value for key, value in config.items() if value is not None}
+        return config | {"grid": tuple(config["grid"])}
+    if config.get("image_size") and config.get("downsample_size"):
+        return config | {"grid": (config["image_size"] // config["downsample_size"],) * 2}
+    return config
 
 
 def _shapes(state: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """Building a trained tokenizer, in one place, so that extraction, sampling and reconstruction use the same weights."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pretrained_models.catalogue import find_weights
+from pretrained_models.catalogue import find_weights, published_config
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
-from utils.checkpoint import load_strict, read_checkpoint, select_weights
+from utils.checkpoint import load_strict, read_checkpoint, recorded_settings, select_weights
 from utils.files import sha256
 from utils.program import UserError
 
@@ -48,7 +47,7 @@ def build_tokenizer(
     checkpoint_path = find_weights(str(checkpoint_path))
     checkpoint = read_checkpoint(checkpoint_path)
     flags = {"vq_model": name, "codebook_size": codebook_size, "codebook_embed_dim": codebook_embed_dim}
-    _refuse_contradictions(checkpoint, flags, checkpoint_path)
+    _refuse_contradictions(published_config(checkpoint_path) | recorded_settings(checkpoint), flags, checkpoint_path)
     state, kind = select_weights(checkpoint, checkpoint_path, weights)
     model = VQ_models[name](codebook_size=codebook_size, codebook_embed_dim=codebook_embed_dim)
     remedy = "check --vq-model, --codebook-size and --codebook-embed-dim."
@@ -75,12 +74,7 @@ def check_image_size(size: int, name: str, model: VQModel) -> None:
                         f"covers; use {near}.")  # fmt: skip
 
 
-def _refuse_contradictions(checkpoint: dict, flags: dict, path: str | Path) -> None:
-    """Compare the flags with the settings that the checkpoint itself carries, under `config` or `args`, if any."""
-    recorded = {}
-    for key in ("args", "config"):
-        settings = checkpoint.get(key, {})
-        recorded |= vars(settings) if isinstance(settings, argparse.Namespace) else settings
+def _refuse_contradictions(recorded: dict, flags: dict, path: str | Path) -> None:
     for flag, value in flags.items():
         if flag in recorded and recorded[flag] != value:
             option = "--" + flag.replace("_", "-")
