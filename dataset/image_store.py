@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.files import atomic_file, sync_folder, write_json
+from utils.files import atomic_file, lock_folder, sync_folder, write_json
 from utils.program import UserError
 from utils.progress import progress
 
@@ -23,9 +23,14 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date, so that equal resu
 
 
 class ImageStore:
-    """`count` images of `size`x`size` pixels on their way to `folder/name.npz`. `settings` is what decides them."""
+    """`count` images of `size`x`size` pixels on their way to `folder/name.npz`. `settings` is what decides them.
 
-    def __init__(self, folder: Path, name: str, settings: dict, count: int, size: int):
+    `remedy` ends the sentence that refuses a name which another run has taken.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, settings: dict, count: int, size: int, remedy: str = "give another --sample-dir"
+    ):
         self.result = folder / f"{name}.npz"
         self.report = folder / f"{name}.settings.json"
         self.preview = folder / f"{name}.png"
@@ -33,14 +38,18 @@ class ImageStore:
         self.partial = folder / f"{name}.partial"
         self.settings, self.count, self.shape = settings, count, (size, size, 3)
         self._image_bytes = size * size * 3
+        self._remedy, self._lock = remedy, None
 
     def is_complete(self) -> bool:
         """Whether the result is already there. Raises `UserError` if one of other settings has its name."""
+        for place in (self.result.parent, *self.result.parent.parents):
+            if place.is_file():
+                raise UserError(f"{place} is a file, not a folder for results; give another --sample-dir.")
         if not self.result.exists():
             return False
         if not self.report.exists():
             raise UserError(f"{self.result} exists without the .settings.json that says how it was made; move it away "
-                            "or give another --sample-dir.")  # fmt: skip
+                            f"or {self._remedy}.")  # fmt: skip
         self._refuse_other_settings(json.loads(self.report.read_text())["settings"], self.result)
         return True
 
@@ -54,9 +63,15 @@ class ImageStore:
         return run["batch_size"]
 
     def open(self, batch_size: int) -> None:
-        """Make the files, unless an interrupted run has; on one rank, before any rank writes."""
+        """Make the files, unless an interrupted run has; on one rank, before any rank writes.
+
+        Raises `UserError` if they are another run's, or another process is writing them.
+        """
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(
+            self.partial, f"another process is writing {self.partial}; wait for it, or {self._remedy}."
+        )
         if self.recorded_batch_size() is None:
-            self.partial.mkdir(parents=True, exist_ok=True)
             for name, size in (("images.u8", self.count * self._image_bytes), ("done.u8", self.count)):
                 with open(self.partial / name, "wb") as file:
                     file.truncate(size)
@@ -89,20 +104,30 @@ class ImageStore:
         return np.stack(rows)
 
     def write_pngs(self) -> None:
-        """The images as `name/000000.png` and so on, for those who asked."""
-        staging = self.partial / "png"
-        staging.mkdir(exist_ok=True)
-        for index in progress(range(self.count), description="png", unit="image"):
-            Image.fromarray(self.images(np.array([index]))[0]).save(staging / f"{index:06d}.png")
-        if self.png_folder.exists():
-            shutil.rmtree(self.png_folder)
+        """The complete result's images as `name/000000.png` and so on, unless they are there."""
+        if self.png_folder.exists() and self.png_folder.stat().st_mtime >= self.result.stat().st_mtime:
+            return
+        staging = self.png_folder.with_name(f"{self.png_folder.name}.png.partial")
+        for folder in (staging, self.png_folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        staging.mkdir()
+        with zipfile.ZipFile(self.result) as archive, archive.open("arr_0.npy") as images:
+            np.lib.format.read_magic(images)
+            np.lib.format.read_array_header_1_0(images)
+            for index in progress(range(self.count), description="png", unit="image"):
+                pixels = np.frombuffer(images.read(self._image_bytes), dtype=np.uint8).reshape(self.shape)
+                Image.fromarray(pixels).save(staging / f"{index:06d}.png")
         os.replace(staging, self.png_folder)
 
     def finish(self, labels: np.ndarray, report: dict) -> None:
         """Turn the complete store into `name.npz` (`arr_0`, `labels`) and `name.settings.json`, without partial files.
 
         The result takes its name last: interrupted before, the same call starts over; after, it is complete.
+        Raises `RuntimeError` while images are missing.
         """
+        missing = int((~self.done()).sum())
+        if missing:
+            raise RuntimeError(f"{missing} of the {self.count} images in {self.partial} are missing")
         assembled = self.partial / "assembled.npz"
         with atomic_file(assembled) as file:
             self._write_npz(file, labels)
@@ -112,6 +137,9 @@ class ImageStore:
         self.remove_partial()
 
     def remove_partial(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write_npz(self, file, labels: np.ndarray) -> None:
@@ -135,5 +163,5 @@ class ImageStore:
         different = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
         if different:
             changes = ", ".join(f"{key} {other.get(key)} there and {mine.get(key)} here" for key in different[:3])
-            raise UserError(f"{path} is of another run with the same name ({changes}); move it away or give another "
-                            "--sample-dir.")  # fmt: skip
+            raise UserError(f"{path} is of another run with the same name ({changes}); move it away or "
+                            f"{self._remedy}.")  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dataset import image_store
 from dataset.image_store import ImageStore
@@ -119,3 +120,41 @@ def test_results_and_unfinished_runs_of_others_are_refused(tmp_path):
     ImageStore(tmp_path, "unfinished", SETTINGS, 10, 4).open(4)
     with pytest.raises(UserError, match="seed 0 there and 1 here"):
         ImageStore(tmp_path, "unfinished", SETTINGS | {"seed": 1}, 10, 4).open(4)
+
+
+def test_an_incomplete_store_does_not_become_a_result(tmp_path):
+    store = ImageStore(tmp_path, "name", SETTINGS, 10, 4)
+    store.open(4)
+    store.write(0, IMAGES[:4])
+    with pytest.raises(RuntimeError, match="6 of the 10 images"):
+        store.finish(LABELS, {})
+    assert not store.result.exists()
+
+
+def test_a_second_job_is_refused_while_the_first_writes(tmp_path):
+    first = ImageStore(tmp_path, "name", SETTINGS, 10, 4)
+    first.open(4)
+    with pytest.raises(UserError, match="another process is writing .*name.partial; wait for it, or give another --x"):
+        ImageStore(tmp_path, "name", SETTINGS, 10, 4, "give another --x").open(4)
+    first.remove_partial()
+    ImageStore(tmp_path, "name", SETTINGS, 10, 4).open(4)
+
+
+def test_png_files_come_from_the_result_and_once(tmp_path):
+    make(tmp_path)
+    store = ImageStore(tmp_path, "name", SETTINGS, 10, 4)
+    store.write_pngs()
+    for index, image in enumerate(IMAGES):
+        with Image.open(tmp_path / f"name/{index:06d}.png") as png:
+            assert np.array_equal(np.asarray(png), image)
+    written = (tmp_path / "name/000003.png").stat().st_mtime_ns
+    store.write_pngs()
+    assert (tmp_path / "name/000003.png").stat().st_mtime_ns == written
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(UserError, match="is a file, not a folder"):
+            ImageStore(folder, "name", SETTINGS, 10, 4).is_complete()

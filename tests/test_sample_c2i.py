@@ -48,6 +48,12 @@ def test_an_image_does_not_depend_on_the_other_rows_but_on_the_seed(monkeypatch,
     assert not np.array_equal(one[:, -34:], other_seed[:, -34:])
 
 
+def test_a_class_named_twice_gets_other_images(monkeypatch, models, tmp_path):
+    rows = picture(monkeypatch, models, tmp_path / "a.png", classes="5,5")
+    assert not np.array_equal(rows[:16, -34:], rows[18:34, -34:])
+    assert np.array_equal(rows[:16, -34:], picture(monkeypatch, models, tmp_path / "b.png", classes="5")[:, -34:])
+
+
 def test_classes_without_names_are_spread_over_all(monkeypatch, models, tmp_path):
     assert picture(monkeypatch, models, tmp_path / "a.png", "bare.pt", columns=1).shape[0] == 8 * 18 - 2
 
@@ -57,6 +63,8 @@ def test_classes_without_names_are_spread_over_all(monkeypatch, models, tmp_path
     [
         (dict(classes="10"), "there is no class 10; --classes takes labels 0 to 9"),
         (dict(classes="-1"), "there is no class -1"),
+        (dict(classes="1,--5"), "'--5' fits no class"),
+        (dict(classes="²"), "'²' fits no class"),
         (dict(classes="cat"), "'cat' fits no class"),
         (dict(classes="digit"), r"'digit' fits several classes: 0 \(digit 0\), 1 \(digit 1\)"),
         (dict(classes=","), "'' fits no class"),
@@ -131,6 +139,14 @@ def test_grids_and_captions():
     assert (image_grid(images, columns=3)[5:, 16:] == 255).all()  # the last row is short
     assert image_grid(images[:1], columns=8).shape == (4, 6, 3)
     assert captioned_rows(images[:4].reshape(2, 2, 4, 6, 3), ["cat", "a dog"]).height == 10
+
+
+def test_memory_that_caches_would_give_up_is_available(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:     8 kB\n")
+    assert batch_size.available_memory(tmp_path / "meminfo") == 8 * 1024
+    monkeypatch.setattr(batch_size, "available_memory", lambda: 4096)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert batch_size._free_memory(torch.device("cpu")) == 1024
 
 
 def test_batch_sizes_follow_free_memory(monkeypatch):

@@ -165,6 +165,14 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(models, monkeypatc
         call(monkeypatch, command(models, tmp_path, num_fid_samples=3, cfg_interval=3))
 
 
+def test_png_files_of_a_complete_result(models, monkeypatch, tmp_path):
+    call(monkeypatch, command(models, tmp_path, num_fid_samples=3))
+    before = (tmp_path / f"{NAME}.npz").stat().st_mtime_ns
+    call(monkeypatch, command(models, tmp_path, num_fid_samples=3, png=True))
+    assert (tmp_path / f"{NAME}.npz").stat().st_mtime_ns == before
+    assert len(list((tmp_path / NAME).glob("*.png"))) == 3
+
+
 def test_random_labels_png_files_and_resizing(models, monkeypatch, tmp_path):
     call(monkeypatch, command(models, tmp_path, num_fid_samples=5, image_size_eval=24, random_labels=True, png=True))
     name = NAME.replace("size-16-size-16", "size-16-size-24")

@@ -1,5 +1,6 @@
 """Files that are complete or absent, and their hashes."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from utils.program import UserError
 
 
 @contextmanager
@@ -37,6 +40,25 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_folder(folder: Path, refusal: str) -> IO | None:
+    """Lock `folder` for this process until it ends or closes the file returned; None where there are no locks.
+
+    Raises `UserError(refusal)` if another process holds it.
+    """
+    file = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(refusal) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

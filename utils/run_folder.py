@@ -1,15 +1,13 @@
 """One folder a training run: a recipe decides its name, the same command finds it again, two runs never share it."""
 
-import fcntl
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from utils.distributed import World
-from utils.files import write_json
+from utils.files import lock_folder, write_json
 from utils.program import UserError
 
 
@@ -43,7 +41,9 @@ def open_run_folder(parent: Path, name: str, recipe: dict, config: dict, world: 
         if folder.path.is_file():
             raise UserError(f"{folder.path} is a file; choose another --run-name or --results-dir.")
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.lock = _lock(folder.path)
+        folder.lock = lock_folder(
+            folder.path, f"another process is training in {folder.path}; wait for it, or choose another --run-name."
+        )
         if config_file.exists():
             _refuse_other_recipe(folder.path, recipe, json.loads(config_file.read_text())["recipe"])
         folder.checkpoints.mkdir(exist_ok=True)
@@ -59,17 +59,3 @@ def _refuse_other_recipe(path: Path, recipe: dict, stored: dict) -> None:
         changes = ", ".join(f"{key} ({stored.get(key)} there, {recipe.get(key)} here)" for key in different[:3])
         raise UserError(f"the run folder {path} was trained with other settings: {changes}; "
                         "give the same settings to continue it, or another --run-name to start a new run.")  # fmt: skip
-
-
-def _lock(path: Path) -> IO | None:
-    file = open(path / ".lock", "w")  # noqa: SIM115 - held until the process ends
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process is training in {path}; wait for it, or choose another --run-name.") from error
-    except OSError:  # a file system without locks
-        file.close()
-        return None
-    file.write(str(os.getpid()))
-    file.flush()
-    return file

@@ -1,6 +1,7 @@
 """How many images to generate at once: as many as free memory holds, up to where more no longer helps."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -28,4 +29,12 @@ def fitting_batch_size(
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of main memory that programs can have, with what caches would give up."""
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

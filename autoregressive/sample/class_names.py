@@ -1,5 +1,7 @@
 """Classes by name: those the checkpoint carries, or ImageNet's 1,000."""
 
+import re
+
 from utils.program import UserError
 
 
@@ -23,7 +25,7 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
 
 
 def _label(entry: str, names: list[str]) -> int:
-    if entry.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", entry):
         if not 0 <= int(entry) < len(names):
             raise UserError(f"there is no class {entry}; --classes takes labels 0 to {len(names) - 1}, or names.")
         return int(entry)

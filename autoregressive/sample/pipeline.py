@@ -82,11 +82,11 @@ class Pipeline:
 
     def _check_tokenizer_is_the_trained_one(self) -> None:
         trained, used = self.gpt_info.tokenizer, self.tokenizer_info
-        if trained.get("hash", used.sha256) != used.sha256:
+        if (trained.get("hash") or used.sha256) != used.sha256:
             raise UserError(f"{self.gpt_info.checkpoint} was trained on codes of another tokenizer "
                             f"({trained.get('name', 'unnamed')}, sha256 {trained['hash'][:12]}…) than {used}; "
                             "give that tokenizer as --vq-ckpt.")  # fmt: skip
-        if trained.get("weights", used.weights) != used.weights:
+        if (trained.get("weights") or used.weights) != used.weights:
             raise UserError(f"{self.gpt_info.checkpoint} was trained on codes of the tokenizer's {trained['weights']} "
                             f"weights, not {used.weights}; give --vq-weights {trained['weights']}.")  # fmt: skip
 

@@ -62,9 +62,14 @@ def default_classes(num_classes: int) -> list[int]:
 
 
 def sample_rows(pipeline: Pipeline, labels: list[int], args: argparse.Namespace, sampling) -> np.ndarray:
-    """Images `(classes, columns, H, W, 3)` uint8. Every image has its own uniform numbers, of its place in the row."""
+    """Images `(classes, columns, H, W, 3)` uint8. Every image has its own uniform numbers, of its class and place."""
     wanted = np.repeat(labels, args.columns)
-    streams = np.array([label * 2**32 + column for label in labels for column in range(args.columns)])
+    streams = np.concatenate(
+        [
+            label * 2**32 + labels[:row].count(label) * args.columns + np.arange(args.columns)
+            for row, label in enumerate(labels)
+        ]
+    )  # a class named again: other images
     batch_size = min(BATCH_SIZE[pipeline.device.type], len(wanted))
     generator = pipeline.generator(batch_size, sampling)
     images = []

@@ -8,6 +8,7 @@ import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,13 @@ from utils.program import UserError, run
 from utils.progress import progress
 
 PREVIEW_IMAGES = 64
+PATIENCE = timedelta(hours=12)  # ranks without work wait for those that sample, and for the `.npz`
 
 
 def main() -> None:
     args = parse_arguments()
     sampling = sampling_of(args)
-    world = init_world()
+    world = init_world(PATIENCE)
     pipeline = Pipeline(args, world.device, args.image_size_eval)
     store = ImageStore(
         Path(args.sample_dir), result_name(args), image_settings(args, sampling, pipeline) if world.is_main else {},
@@ -50,6 +52,8 @@ def main() -> None:
     world.barrier()
     if world.is_main:
         store.remove_partial()
+        if args.png:
+            store.write_pngs()
         print(f"samples: {store.result}\nnext: python3 evaluations/c2i/evaluator.py REFERENCE.npz {store.result}")
     world.close()
 
@@ -117,11 +121,7 @@ def agree_on_batch_size(args, sampling: Sampling, pipeline: Pipeline, store: Ima
 
 def sample(args, sampling: Sampling, pipeline: Pipeline, store: ImageStore, world: World, batch_size: int) -> None:
     """Generate every image that is not yet in the store. Batches start at multiples of the batch size, on any rank."""
-    done = store.done()
-    starts = [
-        start for start in range(0, args.num_fid_samples, batch_size) if not done[start : start + batch_size].all()
-    ]
-    world.barrier()  # every rank has read the same state
+    starts = world.broadcast(missing_batches(store.done(), batch_size) if world.is_main else None)
     generator = pipeline.generator(batch_size, sampling)
     decoder = BackgroundDecoder(pipeline, generator, store)
     missing = sum(min(batch_size, args.num_fid_samples - start) for start in starts)
@@ -136,6 +136,11 @@ def sample(args, sampling: Sampling, pipeline: Pipeline, store: ImageStore, worl
                 decoder.submit(start, generator(torch.from_numpy(labels), torch.from_numpy(uniforms)))
             bar.update(min(batch_size, args.num_fid_samples - start))
     world.barrier()
+
+
+def missing_batches(done: np.ndarray, batch_size: int) -> list[int]:
+    """First images of the batches that are not wholly `done` `(images,)`."""
+    return [start for start in range(0, len(done), batch_size) if not done[start : start + batch_size].all()]
 
 
 class BackgroundDecoder:
@@ -185,13 +190,11 @@ class BackgroundDecoder:
 
 
 def finish(args: argparse.Namespace, store: ImageStore, report: dict) -> None:
-    """The preview, the PNG files if asked for, and last the `.npz`."""
+    """The preview, and last the `.npz`."""
     labels = image_labels(np.arange(args.num_fid_samples), args.num_classes, args.seed, not args.random_labels)
     spread = np.linspace(0, args.num_fid_samples - 1, min(PREVIEW_IMAGES, args.num_fid_samples)).astype(int)
     with atomic_file(store.preview) as file:
         Image.fromarray(image_grid(store.images(spread), columns=8)).save(file, format="png")
-    if args.png:
-        store.write_pngs()
     store.finish(labels, report | {"torch": torch.__version__, "gpt_ckpt": args.gpt_ckpt, "vq_ckpt": args.vq_ckpt})
 
 
