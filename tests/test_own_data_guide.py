@@ -45,3 +45,14 @@ def test_command_is_accepted(command, monkeypatch):
 
 def test_every_program_is_in_the_guide():
     assert all(script in GUIDE for script in PARSERS)
+
+
+def test_reconstructions_of_the_guide_have_names_of_their_own():
+    """So that measuring the second tokenizer is not refused for the first one's results; and FID finds them."""
+    lines = [shlex.split(line)[2:] for line in commands() if "reconstruction_vq.sh" in line]
+    names = [reconstruct.parse_args(line).name for line in lines]
+    assert len(names) == 3
+    assert None not in names
+    assert len(set(names)) == len(names)
+    scored = re.findall(r"reconstructions/(\S+?)(?:-originals)?\.npz", GUIDE)
+    assert set(scored) <= set(names)

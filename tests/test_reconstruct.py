@@ -116,6 +116,7 @@ def test_results_are_reported_again_and_never_mixed(images, tokenizer, tmp_path)
     assert result.stat().st_mtime_ns == written
     assert run(images, tokenizer, tmp_path, more={"--weights": "raw"}) == [2]
     assert "of another run with the same name" in (tmp_path / "log").read_text()
+    assert "give another --name" in (tmp_path / "log").read_text()
     assert run(images, tokenizer, tmp_path, "--save-originals") == [0]
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", ".json", ".npz", ".npz", ".png"]
 
@@ -158,6 +159,19 @@ def test_refusals(change, sentence, images, tokenizer, tmp_path):
     assert sentence in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_too_small_for_lpips(images, tokenizer, tmp_path):
+    assert run(images, tokenizer, tmp_path, "--lpips", more={"--image-size-eval": 12}) == [2]
+    assert "less than the 16 pixels that LPIPS needs" in (tmp_path / "log").read_text()
+
+
+def test_results_of_other_files_are_not_taken_for_ours(tokenizer, tmp_path):
+    folder = tiny_images(tmp_path / "images", 8)
+    assert run(folder, tokenizer, tmp_path) == [0]
+    (folder / "class_0/00.png").write_bytes((folder / "class_1/01.png").read_bytes() + b"longer")
+    assert run(folder, tokenizer, tmp_path) == [2]
+    assert "files_sha256" in (tmp_path / "log").read_text()
 
 
 def test_a_broken_image_leaves_nothing_under_a_final_name(images, tokenizer, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tokenizer.tokenizer_image.discriminator import SMALLEST_IMAGE, PatchDiscriminator
+from tokenizer.tokenizer_image.discriminator import PatchDiscriminator, smallest_image
 from tokenizer.tokenizer_image.vq_loss import (
     DISCRIMINATOR_LOSSES,
     GENERATOR_LOSSES,
@@ -52,7 +52,7 @@ def test_values_of_the_adversarial_losses():
 def test_the_discriminator_judges_each_image_alone():
     torch.manual_seed(0)
     model = PatchDiscriminator()
-    images = torch.rand(3, 3, SMALLEST_IMAGE, SMALLEST_IMAGE)
+    images = torch.rand(3, 3, smallest_image(layers=3), smallest_image(layers=3))
     together = model(images)
     assert together.shape == (3, 1, 2, 2)
     torch.testing.assert_close(together[:1], model(images[:1]), rtol=1e-4, atol=1e-5)

@@ -165,6 +165,26 @@ def test_weights_alone_start_a_new_run(images, alone, tmp_path):
     assert_same_state(last_checkpoint(tmp_path, "finetune")["model"], last_checkpoint(alone)["model"])
 
 
+@pytest.mark.parametrize(("flags", "lacks"), [(("--ema",), "ema"), ((), "discriminator")])
+def test_a_checkpoint_without_all_that_learns_is_not_continued(flags, lacks, images, tmp_path):
+    other = command(images, tmp_path / "other", more={"--disc-start": 20000, "--epochs": 2})
+    assert train(other) == [0]
+    path = tmp_path / "other/run/checkpoints/last.pt"
+    more = {"--resume": path, "--disc-weight": 0 if flags else 0.5}
+    assert train(command(images, tmp_path / "results", *flags, more=more), output=tmp_path / "log") == [2]
+    said = (tmp_path / "log").read_text()
+    assert f"holds no {lacks}, so training cannot continue" in said
+    assert "Traceback" not in said
+
+
+def test_the_published_size_of_the_discriminator(images, tmp_path):
+    more = {"--disc-type": "patchgan", "--disc-dim": 128, "--disc-num-layers": 2, "--dataset": "imagenet"}
+    assert train(command(images, tmp_path, more=more | {"--epochs": 2, "--disc-start": 1})) == [0]
+    weights = last_checkpoint(tmp_path)["discriminator"]
+    assert weights["main.0.weight"].shape[0] == 32  # a quarter of it: tests/tiny_tokenizer.py
+    assert sum(name.endswith("weight") and value.dim() == 4 for name, value in weights.items()) == 4
+
+
 def test_validation_scores_and_pictures_change_nothing(images, uninterrupted, tmp_path):
     more = EVERYTHING | {"--val-data-path": images, "--val-every": 5}
     assert train(command(images, tmp_path, "--ema", "--disc-adaptive-weight", more=more)) == [0]
@@ -221,6 +241,13 @@ def test_dead_codes_move_onto_encoder_outputs():
     [
         ({"--image-size": 34}, "not a multiple of 4"),
         ({"--image-size": 16}, "at least 32 pixels"),
+        ({"--disc-num-layers": 4}, "at least 64 pixels"),
+        ({"--disc-num-layers": 0}, "--disc-num-layers must be at least 1"),
+        ({"--disc-dim": 40}, "--disc-dim must be a multiple of 16"),
+        ({"--disc-type": "stylegan"}, "invalid choice: 'stylegan'"),
+        ({"--dropout-p": 1}, "--dropout-p must be at least 0 and below 1"),
+        ({"--image-size": 8, "--disc-weight": 0, "--perceptual-weight": 1}, "LPIPS compares images of at least 16"),
+        ({"--image-size": 8, "--disc-weight": 0, "--val-data-path": "/nowhere"}, "SSIM compares images of at least 11"),
         ({"--data-path": "/nowhere"}, "there is no folder"),
         ({"--global-batch-size": 0}, "--global-batch-size 0"),
         ({"--global-batch-size": 25}, "a batch must fit the data"),

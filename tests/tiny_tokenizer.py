@@ -34,8 +34,8 @@ def smaller_tokenizer(**settings) -> vq_model.VQModel:
     return vq_model.VQModel(vq_model.ModelArgs(**small, **multiples, **settings))
 
 
-def smaller_discriminator() -> PatchDiscriminator:
-    return PatchDiscriminator(channels=16)
+def smaller_discriminator(channels: int = 64, layers: int = 3) -> PatchDiscriminator:
+    return PatchDiscriminator(channels // 4, layers)
 
 
 def command(images: Path, results: Path, *flags: str, **changes) -> list[str]:

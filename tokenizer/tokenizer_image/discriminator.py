@@ -7,7 +7,10 @@ the number of processes nor micro-batches change the training, and real images c
 import torch
 from torch import nn
 
-SMALLEST_IMAGE = 32  # pixels a side, for at least 2×2 judgements
+
+def smallest_image(layers: int) -> int:
+    """Pixels a side for at least 2×2 judgements of a discriminator of so many layers."""
+    return 4 * 2**layers
 
 
 class PatchDiscriminator(nn.Module):

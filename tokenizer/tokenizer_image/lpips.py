@@ -20,6 +20,7 @@ from utils.files import atomic_file
 from utils.program import UserError
 
 LPIPS_FOLDER = FOLDER / "lpips"
+SMALLEST_IMAGE = 16  # pixels a side, for one position in the last stage
 TAPS = (3, 8, 15, 22, 29)  # the last ReLU of each of VGG-16's five stages
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions
 
@@ -85,11 +86,11 @@ def vgg16_features() -> nn.Sequential:
 
 
 def load_lpips(vgg_path: str | None, linear_path: str | None, world: World) -> LPIPS:
-    """LPIPS on the world's device; a file that is not named is fetched by the main rank into pretrained_models/lpips.
+    """LPIPS on the world's device; a file that is not named is fetched once a machine, into pretrained_models/lpips.
 
     Raises `UserError` for files of something else, and where nothing can be fetched.
     """
-    if world.is_main:
+    if world.local_rank == 0:
         for path, download in ((vgg_path, VGG16), (linear_path, LINEAR)):
             if path is None:
                 fetch(download)

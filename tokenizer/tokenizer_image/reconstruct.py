@@ -4,6 +4,7 @@ bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGES --vq-ckpt TOKENIZ
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,10 +17,10 @@ from torch.nn import functional as F
 
 from dataset.crops import center_crop, to_model_range
 from dataset.image_batches import center_crop_batches
-from dataset.image_folder import ImageFolder, list_image_folder, load_rgb
+from dataset.image_folder import ImageFolder, file_sizes, list_image_folder, load_rgb
 from dataset.image_store import ImageStore
 from tokenizer.tokenizer_image.load import TokenizerInfo, build_tokenizer, check_image_size
-from tokenizer.tokenizer_image.lpips import load_lpips
+from tokenizer.tokenizer_image.lpips import SMALLEST_IMAGE, load_lpips
 from tokenizer.tokenizer_image.metrics import SSIM_WINDOW, ReconstructionScores
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, to_uint8
 from utils.checkpoint import WEIGHTS_CHOICES
@@ -101,12 +102,14 @@ def open_stores(args, folder: ImageFolder, tokenizer: TokenizerInfo, world: Worl
     settings = {
         "tokenizer": {key: value for key, value in asdict(tokenizer).items() if key != "checkpoint"},
         "images": len(folder),
+        "files_sha256": files_hash(folder) if world.is_main else None,
         **{name: getattr(args, name) for name in ("data_path", "image_size", "image_size_eval", "precision", "lpips")},
     }
     sizes = f"size-{args.image_size}-size-{args.image_size_eval}"
     base = args.name or f"{args.vq_model}-{Path(args.data_path).resolve().name}-{sizes}"
     names = [base] + ([f"{base}-originals"] if args.save_originals else [])
-    stores = [ImageStore(Path(args.sample_dir), name, settings, len(folder), args.image_size_eval) for name in names]
+    count, size = len(folder), args.image_size_eval
+    stores = [ImageStore(Path(args.sample_dir), name, settings, count, size, "give another --name") for name in names]
     complete = None
     if world.is_main:
         there = [store.is_complete() for store in stores]  # each may refuse
@@ -115,6 +118,11 @@ def open_stores(args, folder: ImageFolder, tokenizer: TokenizerInfo, world: Worl
             for store in stores:
                 store.open(args.per_proc_batch_size)
     return stores, world.broadcast(complete)
+
+
+def files_hash(folder: ImageFolder) -> str:
+    """SHA-256 of every image's path and size: another folder's results are not taken for this one's."""
+    return hashlib.sha256(json.dumps(file_sizes(folder)).encode()).hexdigest()
 
 
 def save_picture(args, folder: ImageFolder, store: ImageStore) -> None:
@@ -146,6 +154,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data-path", required=True, help="image folder: one folder per class")
+    add("--dataset", choices=["imagenet"], default="imagenet", help="accepted as published: any folder of classes")
     add("--vq-model", choices=VQ_models, default="VQ-16", help="tokenizer")
     add("--vq-ckpt", required=True, help="its checkpoint: a path, or a name of pretrained_models/README.md")
     add("--codebook-size", type=int, default=16384, help="number of codes")
@@ -167,6 +176,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args.image_size_eval = args.image_size_eval or args.image_size
     if args.image_size_eval < SSIM_WINDOW:
         raise UserError(f"--image-size-eval {args.image_size_eval} is less than SSIM's window of {SSIM_WINDOW} pixels.")
+    if args.lpips and args.image_size_eval < SMALLEST_IMAGE:
+        raise UserError(f"--image-size-eval {args.image_size_eval} is less than the {SMALLEST_IMAGE} pixels that "
+                        "LPIPS needs; leave out --lpips.")  # fmt: skip
     if args.per_proc_batch_size < 1:
         raise UserError(f"--per-proc-batch-size must be at least 1, got {args.per_proc_batch_size}.")
     return args

@@ -49,6 +49,8 @@ def _add_model_arguments(group) -> None:
 
 def _add_data_arguments(group) -> None:
     group.add_argument("--data-path", required=True, help="image folder: one folder per class")
+    group.add_argument("--dataset", choices=["imagenet"], default="imagenet", help="accepted as published: any folder "
+                       "of classes")  # fmt: skip
     group.add_argument("--val-data-path", help="image folder of held-out images: PSNR and SSIM while training")
     group.add_argument("--val-every", type=int, default=5000, help="steps between validations")
     group.add_argument("--image-size", type=int, default=256, help="pixels a side of the random crops")
@@ -70,6 +72,9 @@ def _add_loss_arguments(group) -> None:
     add("--entropy-loss-ratio", type=float, default=0.0, help="weight of the entropy term; not computed at 0")
     add("--disc-weight", type=float, default=0.5, help="weight of the adversarial loss; 0: no discriminator")
     add("--disc-start", type=int, default=20000, help="step at which the discriminator starts, to judge and to learn")
+    add("--disc-type", choices=["patchgan"], default="patchgan", help="the discriminator")
+    add("--disc-dim", type=int, default=64, help="its channels after the first layer, a multiple of 16")
+    add("--disc-num-layers", type=int, default=3, help="its layers that widen; each more doubles the patches judged")
     add("--disc-loss", choices=DISCRIMINATOR_LOSSES, default="hinge", help="the discriminator's loss")
     add("--gen-loss", choices=GENERATOR_LOSSES, default="hinge", help="the tokenizer's adversarial loss")
     add("--disc-adaptive-weight", action="store_true", help="scale the adversarial loss so that its gradient at the "

@@ -6,9 +6,11 @@ from torch import nn
 from autoregressive.train.plan import Plan, make_plan
 from dataset.image_folder import ImageFolder
 from pretrained_models.catalogue import load_initial
-from tokenizer.tokenizer_image.discriminator import SMALLEST_IMAGE, PatchDiscriminator
+from tokenizer.tokenizer_image import lpips
+from tokenizer.tokenizer_image.discriminator import PatchDiscriminator, smallest_image
 from tokenizer.tokenizer_image.load import check_image_size
 from tokenizer.tokenizer_image.lpips import load_lpips
+from tokenizer.tokenizer_image.metrics import SSIM_WINDOW
 from tokenizer.tokenizer_image.vq_loss import LossWeights, VQLoss
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils.distributed import World
@@ -32,10 +34,18 @@ def schedule_of(args, folder: ImageFolder) -> Plan:
 
 def check_flags(args, world: World) -> None:
     check_batch_size(args, world)
-    if args.disc_weight > 0 and args.image_size < SMALLEST_IMAGE:
-        raise UserError(f"the discriminator judges images of at least {SMALLEST_IMAGE} pixels a side, not "
-                        f"{args.image_size}; use --disc-weight 0.")  # fmt: skip
-    for name in ("codebook_size", "codebook_embed_dim", "val_every"):
+    for used, pixels, what, remedy in (
+        (args.disc_weight > 0, smallest_image(args.disc_num_layers), "the discriminator judges", "--disc-weight 0"),
+        (args.perceptual_weight > 0, lpips.SMALLEST_IMAGE, "LPIPS compares", "--perceptual-weight 0"),
+        (args.val_data_path, SSIM_WINDOW, "SSIM compares", "no --val-data-path"),
+    ):
+        if used and args.image_size < pixels:
+            raise UserError(f"{what} images of at least {pixels} pixels a side, not {args.image_size}; use {remedy}.")
+    if not 0 <= args.dropout_p < 1:
+        raise UserError(f"--dropout-p must be at least 0 and below 1, got {args.dropout_p}.")
+    if args.disc_dim < 16 or args.disc_dim % 16:
+        raise UserError(f"--disc-dim must be a multiple of 16, got {args.disc_dim}.")
+    for name in ("codebook_size", "codebook_embed_dim", "val_every", "disc_num_layers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
     for name in ("disc_start", "disc_weight", "perceptual_weight", "revive_dead_codes"):
@@ -75,7 +85,7 @@ def make_discriminator(args, plan: Plan, world: World) -> Trained | None:
             print(f"no adversarial loss: --disc-start {args.disc_start:,} lies beyond the {plan.total_steps:,} steps")
         return None
     torch.manual_seed(args.global_seed + 1)
-    model = PatchDiscriminator().to(world.device, memory_format=torch.channels_last)
+    model = PatchDiscriminator(args.disc_dim, args.disc_num_layers).to(world.device, memory_format=torch.channels_last)
     if args.compile:
         model.compile(dynamic=False)
     module = distribute(model, world, "ddp", args.mixed_precision)
@@ -115,8 +125,9 @@ def recipe_of(args, folder: ImageFolder) -> dict:
     """Every setting that changes what is learned (the number of processes and how they share work do not)."""
     names = """vq_model codebook_size codebook_embed_dim dropout_p init_from ema ema_decay image_size mirror
         reconstruction_loss reconstruction_weight perceptual_weight codebook_weight commit_loss_beta entropy_loss_ratio
-        disc_weight disc_start disc_loss gen_loss disc_adaptive_weight revive_dead_codes epochs global_batch_size lr
-        scheduler warmup_epochs decay_ratio end_lr weight_decay beta1 beta2 max_grad_norm mixed_precision global_seed"""
+        disc_weight disc_start disc_dim disc_num_layers disc_loss gen_loss disc_adaptive_weight revive_dead_codes epochs
+        global_batch_size lr scheduler warmup_epochs decay_ratio end_lr weight_decay beta1 beta2 max_grad_norm
+        mixed_precision global_seed"""
     return {name: getattr(args, name) for name in names.split()} | {"images": len(folder)}
 
 
