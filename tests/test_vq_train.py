@@ -17,6 +17,7 @@ from tokenizer.tokenizer_image import vq_model
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
 from tokenizer.tokenizer_image.load import build_tokenizer
 from tokenizer.tokenizer_image.vq_train import revive_dead_codes
+from tokenizer.tokenizer_image.vq_validation import Validation
 from utils.distributed import World
 from utils.training_state import EMA, Trained
 
@@ -193,6 +194,29 @@ def test_validation_scores_and_pictures_change_nothing(images, uninterrupted, tm
     assert [row["step"] for row in scores] == [5, 10, 12]
     with Image.open(tmp_path / "run/samples/0000012.png") as picture:
         assert picture.height < picture.width
+
+
+@pytest.mark.parametrize("at", [5, 12])
+def test_a_validation_that_a_kill_prevented_is_made_up_for(at, images, tmp_path):
+    more = {"--val-data-path": images, "--val-every": 5, "--ckpt-every": 5, "--disc-weight": 0}
+    assert train(command(images, tmp_path / "whole", "--ema", more=more)) == [0]
+
+    def stop_before_validation():
+        original = Validation.after_step
+
+        def after_step(self, step, total_steps):
+            if step + 1 == at:
+                self.training._writer.wait()
+                raise SystemExit(9)
+            original(self, step, total_steps)
+
+        Validation.after_step = after_step
+
+    arguments = command(images, tmp_path / "parts", "--ema", more=more)
+    assert train(arguments, before=stop_before_validation) == [9]
+    for _ in range(2):  # the second time nothing is left to do
+        assert train(arguments) == [0]
+        assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
 def test_views_depend_on_epoch_and_image_alone(images):

@@ -1,4 +1,4 @@
-"""Flags of the tokenizer's trainer: the published names and defaults, and a few of its own."""
+"""Flags of the tokenizer's trainer: the published names and defaults of what it offers, and a few of its own."""
 
 import argparse
 

@@ -74,6 +74,8 @@ def train(
     order = BatchOrder(len(folder), args.global_batch_size, world.rank, world.size, args.global_seed)
     batches = random_view_batches(views, order, start, args.num_workers, world)
     validation = Validation(args, tokenizer, bare(tokenizer), training, world) if args.val_data_path else None
+    if validation is not None:
+        validation.catch_up(start, plan.total_steps)
     tokenizer.module.train()
     for step, pixels in zip(range(start, plan.total_steps), training.metrics.timed(batches), strict=False):
         images = to_model_range(pixels.to(world.device, non_blocking=True))

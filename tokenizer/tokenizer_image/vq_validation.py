@@ -1,5 +1,7 @@
 """What a person watches while a tokenizer trains: how well it reconstructs held-out images, and a picture of it."""
 
+import json
+
 import torch
 from torchvision.utils import save_image
 
@@ -23,6 +25,14 @@ class Validation:
         self.args, self.tokenizer, self.model = args, tokenizer, model
         self.training, self.world = training, world
         self.folder = list_image_folder(args.val_data_path)
+
+    def catch_up(self, steps_done: int, total_steps: int) -> None:
+        """Validate now what a run killed right after its checkpoint of `steps_done` steps did not."""
+        path = self.training.folder.path / "metrics.jsonl"
+        rows = path.read_text().splitlines() if self.world.is_main and path.exists() else []
+        done = any(row["step"] == steps_done and "val_psnr" in row for row in map(json.loads, rows))
+        if steps_done and not self.world.broadcast(done):
+            self.after_step(steps_done - 1, total_steps)
 
     def after_step(self, step: int, total_steps: int) -> None:
         if (step + 1) % self.args.val_every and step + 1 < total_steps:
