@@ -8,7 +8,7 @@
 #   PYTHON          the interpreter: .venv/bin/python of this checkout if there is one, else python3
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=$root/.venv/bin/python
     [ -x "$PYTHON" ] || PYTHON=python3
@@ -37,7 +37,7 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
 fi
 
 if [ "$NNODES" = 1 ] && [ "$NPROC_PER_NODE" = 1 ] && [ "${MAX_RESTARTS:-0}" = 0 ]; then
-    exec "$PYTHON" -m "$@"
+    exec "$PYTHON" "$root/scripts/run_module.py" "$@"
 fi
 restarts=${MAX_RESTARTS:-${DEFAULT_RESTARTS:-0}}
 # Leave each process its share of the cores, unless told otherwise.
@@ -58,5 +58,5 @@ else
     rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-conf="is_host=$host"
         --rdzv-id="${SLURM_JOB_ID:-npp}" --local-addr="$(own_address "$MASTER_ADDR")")
 fi
-exec "$PYTHON" -m utils.launch --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --max-restarts="$restarts" \
-    "${rendezvous[@]}" -m "$@"
+exec "$PYTHON" "$root/scripts/run_module.py" utils.launch --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --max-restarts="$restarts" \
+    "${rendezvous[@]}" "$root/scripts/run_module.py" "$@"

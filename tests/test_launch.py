@@ -115,11 +115,11 @@ def test_slurm_variables_make_the_same_world(tmp_path):
                                         "PYTHON": str(bin_folder / "python")}  # fmt: skip
     launched = subprocess.run(["bash", ROOT / "scripts/launch.sh", "some.module", "--flag"], env=environment, text=True,
                               capture_output=True, check=True).stdout.split()  # fmt: skip
-    assert launched[:2] == ["-m", "utils.launch"]
+    assert launched[:2] == [str(ROOT / "scripts/run_module.py"), "utils.launch"]
     expected = {"--nnodes=2", "--nproc-per-node=8", "--rdzv-id=12345", "--rdzv-conf=is_host=0",
                 "--rdzv-endpoint=node7:32345", "--rdzv-backend=c10d"}  # fmt: skip
     assert expected <= set(launched)
-    assert launched[-3:] == ["-m", "some.module", "--flag"]
+    assert launched[-3:] == [str(ROOT / "scripts/run_module.py"), "some.module", "--flag"]
 
 
 def test_several_nodes_need_an_address():

@@ -1,6 +1,6 @@
 """Stands in for the interpreter (`PYTHON`) of the project's scripts: shrinks the models, cuts the loops short.
 
-`-m MODULE FLAGS…` or `FILE FLAGS…`; the variable TINY_FLAGS holds flags to append by module, as JSON, and
+`-m MODULE FLAGS…`, `run_module.py MODULE FLAGS…` or `FILE FLAGS…`; the variable TINY_FLAGS holds flags to append by module, as JSON, and
 TINY_WEIGHTS the folder that stands for pretrained_models.
 """
 
@@ -33,7 +33,7 @@ def shrink() -> None:
 
 if __name__ == "__main__":
     shrink()
-    if sys.argv[1] == "-m":
+    if sys.argv[1] == "-m" or Path(sys.argv[1]).name == "run_module.py":
         module = sys.argv[2]
         flags = [] if "--dry-run" in sys.argv else json.loads(os.environ.get("TINY_FLAGS", "{}")).get(module, [])
         sys.argv = [module, *sys.argv[3:], *flags]
