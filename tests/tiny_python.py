@@ -1,7 +1,7 @@
 """Stands in for the interpreter (`PYTHON`) of the project's scripts: shrinks the models, cuts the loops short.
 
-`-m MODULE FLAGS…`, `run_module.py MODULE FLAGS…` or `FILE FLAGS…`; the variable TINY_FLAGS holds flags to append by module, as JSON, and
-TINY_WEIGHTS the folder that stands for pretrained_models.
+`-m MODULE FLAGS…`, `run_module.py MODULE FLAGS…` or `FILE FLAGS…`; the variable TINY_FLAGS holds flags to append by
+module, as JSON, and TINY_WEIGHTS the folder that stands for pretrained_models.
 """
 
 import json
