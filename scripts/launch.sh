@@ -20,13 +20,6 @@ if [ -n "${SLURM_JOB_NODELIST:-}" ] && [ -z "${NNODES:-}" ]; then
     MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 fi
-own_address() { # the address of this node on the way to another: host names need not resolve
-    "$PYTHON" -c 'import socket, sys
-probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-probe.connect((sys.argv[1], 9))
-print(probe.getsockname()[0])' "$1"
-}
-
 NNODES=${NNODES:-1}
 if [ -z "${NPROC_PER_NODE:-}" ]; then
     NPROC_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
@@ -56,7 +49,7 @@ else
     fi
     host=$([ "${NODE_RANK:-0}" = 0 ] && echo 1 || echo 0)
     rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-conf="is_host=$host"
-        --rdzv-id="${SLURM_JOB_ID:-npp}" --local-addr="$(own_address "$MASTER_ADDR")")
+        --rdzv-id="${SLURM_JOB_ID:-npp}")
 fi
 exec "$PYTHON" "$root/scripts/run_module.py" utils.launch --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --max-restarts="$restarts" \
     "${rendezvous[@]}" "$root/scripts/run_module.py" "$@"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,12 @@ def codes(tmp_path_factory):
     return tiny_store(tmp_path_factory.mktemp("codes"))
 
 
-def start(arguments, log, cwd=None, **variables):
+def start(arguments, log, cwd=None, inside=(), **variables):
     script = ROOT / "scripts/autoregressive/train_c2i.sh"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with open(log, "ab") as output:
         return subprocess.Popen(
-            ["bash", script, *map(str, arguments)], env=environment | ENVIRONMENT | variables, cwd=cwd,
+            [*inside, "bash", script, *map(str, arguments)], env=environment | ENVIRONMENT | variables, cwd=cwd,
             stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
 
@@ -81,18 +82,36 @@ def test_a_worker_that_dies_is_restarted_and_the_run_goes_on(codes, tmp_path):
     assert rows(tmp_path) == rows(tmp_path / "undisturbed")
 
 
-def test_two_nodes_train_together_and_survive_the_loss_of_one(codes, tmp_path):
+@pytest.fixture
+def two_nodes():
+    """(commands that enter each node, address of the first): two network namespaces with their own addresses where
+    they may be made (root, Linux), else this machine twice.
+    """
+    names = [f"npp{os.getpid()}-{node}" for node in (0, 1)]
+    setup = [f"ip netns add {name}" for name in names]
+    setup += [f"ip link add npp-v0 netns {names[0]} type veth peer name npp-v1 netns {names[1]}"]
+    for node, name in enumerate(names):
+        setup += [f"ip -n {name} addr add 10.99.0.{node + 1}/24 dev npp-v{node}"]
+        setup += [f"ip -n {name} link set {device} up" for device in (f"npp-v{node}", "lo")]
+    made = shutil.which("ip") and all(subprocess.run(c.split(), capture_output=True).returncode == 0 for c in setup)
+    yield ([["ip", "netns", "exec", name] for name in names], "10.99.0.1") if made else ([(), ()], "127.0.0.1")
+    for name in names if shutil.which("ip") else ():
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_nodes_train_together_and_survive_the_loss_of_one(codes, two_nodes, tmp_path):
     """Two torchrun agents, one rendezvous; the second is killed with its worker and started again; the run ends."""
+    enter, address = two_nodes
     arguments = command(codes, tmp_path, small=SMALL, no=NO_DROPOUT)
-    variables = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    first = start(arguments, tmp_path / "log0", NODE_RANK="0", **variables)
-    second = start(arguments, tmp_path / "log1", NODE_RANK="1", **variables)
+    variables = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+    first = start(arguments, tmp_path / "log0", inside=enter[0], NODE_RANK="0", **variables)
+    second = start(arguments, tmp_path / "log1", inside=enter[1], NODE_RANK="1", **variables)
     try:
         wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), first)
         for worker in workers_of(second.pid):
             os.kill(worker, signal.SIGKILL)
         os.killpg(second.pid, signal.SIGKILL)
-        again = start(arguments, tmp_path / "log1", NODE_RANK="1", **variables)
+        again = start(arguments, tmp_path / "log1", inside=enter[1], NODE_RANK="1", **variables)
         assert ended(first) == 0
         assert ended(again) == 0
     finally:

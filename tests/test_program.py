@@ -5,14 +5,12 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 
 import pytest
-import torch
 
 from tests.processes import fork, wait
 from utils.files import atomic_file, sha256, write_json
-from utils.program import ERROR_MARKER, UserError, keep_memory_between_steps, run
+from utils.program import ERROR_MARKER, UserError, run
 
 
 def outcome(error, tmp_path) -> tuple[int, str]:
@@ -58,41 +56,45 @@ def test_only_the_first_rank_reports_and_restarts_do_not_repeat(tmp_path, monkey
     assert outcome(RuntimeError("connection closed by the rank that left"), tmp_path) == (2, "error: wrong.\n")
 
 
-def faults_of_steps() -> int:
-    """Page faults of ten steps that allocate 4, 64 and 256 MB, after four to warm up."""
+FAULTS = """
+import resource, sys, threading
+import torch
+from utils.program import keep_memory_between_steps
 
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def count():
     def step():
         for megabytes in (4, 64, 256):
             torch.ones(megabytes << 18)
-
     for _ in range(4):
         step()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = faults()
     for _ in range(10):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    print(faults() - before)
+
+if "keep" in sys.argv:
+    keep_memory_between_steps()
+thread = threading.Thread(target=count)
+thread.start() if "thread" in sys.argv else count()
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
-def test_the_allocator_keeps_memory_between_steps(tmp_path):
-    def count(prepare, in_thread=False):
-        def work():
-            prepare()
-            if in_thread:
-                thread = threading.Thread(target=lambda: print(faults_of_steps()))
-                thread.start()
-                thread.join()
-            else:
-                print(faults_of_steps())
+def test_the_allocator_keeps_memory_between_steps():
+    """Page faults of ten steps that allocate 4, 64 and 256 MB, after four to warm up, in processes of their own."""
 
-        (tmp_path / "faults").unlink(missing_ok=True)
-        assert wait(fork(work, tmp_path / "faults")) == 0
-        return int((tmp_path / "faults").read_text())
+    def count(*how):
+        done = subprocess.run([sys.executable, "-c", FAULTS, *how], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
 
     pages = 10 * (324 << 20) // resource.getpagesize()
-    assert count(lambda: None) > pages / 2
-    assert count(keep_memory_between_steps) < pages / 100
-    assert count(keep_memory_between_steps, in_thread=True) < pages / 100
+    assert count() > pages / 2
+    assert count("keep") < pages / 100
+    assert count("keep", "thread") < pages / 100
 
 
 def test_a_user_who_has_set_the_allocator_wins(tmp_path):

@@ -3,9 +3,12 @@
 Called by scripts/launch.sh with torchrun's own arguments; torchrun is the engine.
 """
 
+import fcntl
 import logging
 import os
 import signal
+import socket
+import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +28,7 @@ def main() -> None:
             logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(quiet)
         signal.signal(signal.SIGUSR1, _forward_to_workers)
         try:
-            torchrun(sys.argv[1:])
+            torchrun(meeting_address(sys.argv[1:]))
         except SignalException as stop:  # the workers have had their time to save
             sys.exit(128 + stop.sigval)
         except ChildFailedError as error:
@@ -35,6 +38,32 @@ def main() -> None:
             print(f"error: rank {rank} (process {failure.pid}) ended with status {failure.exitcode}; "
                   "its own message is above.", file=sys.stderr)  # fmt: skip
             sys.exit(1)
+
+
+def meeting_address(arguments: list[str]) -> list[str]:
+    """torchrun's `arguments`; with several nodes, also this node's address on the way to the first.
+
+    Host names need not resolve to it (Debian maps a machine's own name to 127.0.1.1). Gloo is told its interface.
+    """
+    endpoints = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--rdzv-endpoint=")]
+    if not endpoints:
+        return arguments
+    host, _, port = endpoints[0].rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting sends nothing
+        probe.connect((host, int(port)))
+        address = probe.getsockname()[0]
+        for _, interface in socket.if_nameindex():
+            if _address_of(interface, probe) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return [f"--local-addr={address}", *arguments]
+
+
+def _address_of(interface: str, probe: socket.socket) -> str | None:
+    SIOCGIFADDR = 0x8915
+    try:
+        return socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()))[20:24])
+    except OSError:  # no IPv4 address
+        return None
 
 
 def _forward_to_workers(number: int, _frame) -> None:
