@@ -4,6 +4,7 @@ Every random choice is a hash of counters, so it depends neither on workers nor 
 without the ones before it: resuming is starting at another step number.
 """
 
+import hashlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -234,6 +235,12 @@ def _drain(batches: queue.Queue) -> None:
         pass
 
 
+def _image_list(store: CodeStore) -> str | None:
+    """Hash of the list of images; None where the store does not say, as after packing a published folder."""
+    listed = store.meta.files.get(IMAGES_FILE)
+    return None if listed == hashlib.sha256().hexdigest() else listed
+
+
 def _check_same_images(first: CodeStore, other: CodeStore) -> None:
     for what in ("count", "grid", "codebook_size", "class_names"):
         mine, theirs = getattr(first.meta, what), getattr(other.meta, what)
@@ -243,10 +250,10 @@ def _check_same_images(first: CodeStore, other: CodeStore) -> None:
     hashes = [store.meta.tokenizer.get("hash") for store in (first, other)]
     if None not in hashes and hashes[0] != hashes[1]:
         raise UserError(f"{first.path} and {other.path} come from different tokenizers; extract one of them again.")
-    listed = [store.meta.files.get(IMAGES_FILE) for store in (first, other)]  # hashes of the lists of images
+    listed = [_image_list(store) for store in (first, other)]
     sample = np.linspace(0, len(first) - 1, min(len(first), 1000), dtype=np.int64)
     same = listed[0] == listed[1] if None not in listed else None
-    if same is None:  # published folders do not say
+    if same is None:
         same = np.array_equal(first.labels_of(sample), other.labels_of(sample))
     if not same:
         raise UserError(f"{first.path} and {other.path} hold codes of different images; extract both from the same.")

@@ -21,7 +21,7 @@ from utils.program import UserError
 META_FILE = "meta.json"
 LABELS_FILE = "labels.npy"
 IMAGES_FILE = "images.jsonl"
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX, WORK_FOLDER = ".partial", "work"
 PACKED, PUBLISHED = "packed", "published"
 VERSION = 1
 
@@ -234,9 +234,28 @@ def read_meta(path: Path) -> StoreMeta:
         meta = StoreMeta(**{**fields, "grid": tuple(fields["grid"])})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; extract again or restore the file.") from error
-    if meta.layout not in (PACKED, PUBLISHED) or meta.count < 1:
-        raise UserError(f"{path} is damaged (layout {meta.layout!r}, {meta.count} images); extract again.")
+    if not _holds_together(meta):
+        raise UserError(f"{path} is damaged (layout {meta.layout!r}, {meta.count!r} images); extract again.")
     return meta
+
+
+def _holds_together(meta: StoreMeta) -> bool:
+    def positive(*numbers) -> bool:
+        return all(type(number) is int and number > 0 for number in numbers)
+
+    def is_shard(entry) -> bool:
+        named = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
+        return named and positive(entry.get("count"))
+
+    return (
+        meta.layout in (PACKED, PUBLISHED)
+        and meta.dtype in ("uint16", "uint32")
+        and len(meta.grid) == 2
+        and positive(meta.count, meta.crops, *meta.grid)
+        and all(isinstance(part, dict) for part in (meta.tokenizer, meta.files, meta.settings))
+        and isinstance(meta.shards, list)
+        and all(map(is_shard, meta.shards))
+    )
 
 
 def _scan_published(path: Path) -> StoreMeta:
@@ -253,8 +272,11 @@ def _scan_published(path: Path) -> StoreMeta:
     if side * side != tokens:
         raise UserError(f"{path}/0.npy holds {tokens} codes a crop, which is not a square grid.")
     size = re.search(r"(\d+)_codes$", path.name)
+    if not size:
+        raise UserError(f"the name of {path} does not say its image size; rename it and its labels' folder to end in, "
+                        "say, 256_codes and 256_labels.")  # fmt: skip
     # The codebook's size is not known here, so its codes get the wider type.
-    return StoreMeta(int(size[1]) if size else 0, (side, side), crops, count, layout=PUBLISHED, dtype="uint32")
+    return StoreMeta(int(size[1]), (side, side), crops, count, layout=PUBLISHED, dtype="uint32")
 
 
 def _map_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from dataset.code_store import (
     META_FILE,
     PACKED,
     PUBLISHED,
+    WORK_FOLDER,
     CodeStore,
     StoreMeta,
     partial_folder,
@@ -101,7 +102,7 @@ def write_packed(
 
     `meta.count`, `dtype`, `shards` and `files` are filled in here.
     """
-    partial = partial_folder(folder)
+    partial = _free_partial_folder(folder)
     counts = [shard["count"] for shard in meta.shards] or _shard_counts(len(labels))
     rows = _Rows(blocks)
     meta = replace(meta, layout=PACKED, count=len(labels))
@@ -116,26 +117,42 @@ def write_packed(
 
 def write_published(folder: Path, store: CodeStore) -> None:
     """The published layout: two small files an image, codes in `folder`, labels beside it; meta.json is an addition."""
-    if not folder.name.endswith("_codes"):
-        raise UserError(f"the published layout needs a folder whose name ends in _codes, not {folder.name}.")
-    partial, labels_path = partial_folder(folder), published_labels_path(folder)
+    check_published_place(folder, store.labels)
+    partial, labels_path = _free_partial_folder(folder), published_labels_path(folder)
     partial.mkdir(parents=True, exist_ok=True)
     with progress(description="publish", total=len(store), unit="images") as bar:
         for start, codes in store.blocks():
             for image, crops in enumerate(codes.astype(np.int64), start):
                 np.save(partial / f"{image}.npy", crops[None])
             bar.update(len(codes))
-    _publish_labels(labels_path, store.labels.astype(np.int64))
+    if not labels_path.exists():  # a run killed just before the codes took their name leaves the same ones
+        _publish_labels(labels_path, store.labels.astype(np.int64))
     write_description(partial, replace(store.meta, layout=PUBLISHED), store.labels, store.sources())
     give_final_name(partial, folder)
 
 
-def _publish_labels(labels_path: Path, labels: np.ndarray) -> None:
-    if labels_path.exists():  # a run killed just before the codes took their name leaves the same ones
-        files = (labels_path / f"{image}.npy" for image in range(len(labels)))
-        if all(file.is_file() and np.load(file)[0] == label for file, label in zip(files, labels, strict=True)):
-            return
+def check_published_place(folder: Path, labels: np.ndarray) -> None:
+    """Refuse what `write_published` could not finish: an unsuitable name, other labels, another run's work."""
+    if not folder.name.endswith("_codes"):
+        raise UserError(f"the published layout needs a folder whose name ends in _codes, not {folder.name}.")
+    _free_partial_folder(folder)
+    labels_path = published_labels_path(folder)
+    files = (labels_path / f"{image}.npy" for image in range(len(labels)))
+    if labels_path.exists() and not all(
+        file.is_file() and np.load(file)[0] == label for file, label in zip(files, labels, strict=True)
+    ):
         raise UserError(f"{labels_path} exists already and holds other labels; remove it or choose another path.")
+
+
+def _free_partial_folder(folder: Path) -> Path:
+    partial = partial_folder(folder)
+    if (partial / WORK_FOLDER).exists():
+        raise UserError(f"{partial} holds an interrupted extraction; finish it with its own command, remove it, or "
+                        "choose another path.")  # fmt: skip
+    return partial
+
+
+def _publish_labels(labels_path: Path, labels: np.ndarray) -> None:
     partial = partial_folder(labels_path)
     partial.mkdir(exist_ok=True)
     for image, label in enumerate(labels):

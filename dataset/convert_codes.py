@@ -11,6 +11,7 @@ import numpy as np
 
 from dataset.code_store import PACKED, PUBLISHED, CodeStore, open_store
 from dataset.code_writer import codes_dtype, write_packed, write_published
+from dataset.crops import FIVE_PLACES
 from dataset.image_folder import file_sizes, list_image_folder
 from utils.program import UserError, run
 from utils.progress import progress
@@ -18,6 +19,8 @@ from utils.progress import progress
 
 def main() -> None:
     args = parse_args()
+    if args.crop_range is not None and args.crop_range < 1:
+        raise UserError(f"--crop-range {args.crop_range:g} is less than 1, the image size itself; use 1.1 or 1.05.")
     store = open_store(args.codes)
     if store.meta.layout == args.layout:
         raise UserError(f"{args.codes} has the {args.layout} layout already; copy it, or give another --layout.")
@@ -26,12 +29,12 @@ def main() -> None:
     if args.layout == PUBLISHED:
         write_published(args.output, store)
     else:
-        pack(store, args.output, args.codebook_size, args.data_path)
+        pack(store, args.output, args.codebook_size, args.crop_range, args.data_path)
     print(open_store(args.output))
     print(f"next: bash scripts/autoregressive/verify_codes.sh --codes {args.output}")
 
 
-def pack(store: CodeStore, output: Path, codebook_size: int, data_path: Path | None) -> None:
+def pack(store: CodeStore, output: Path, codebook_size: int, crop_range: float | None, data_path: Path | None) -> None:
     """Pack a published folder; what it does not say of itself comes from the flags."""
     meta, labels = store.meta, np.asarray(store.labels)
     sources = store.sources()
@@ -44,7 +47,11 @@ def pack(store: CodeStore, output: Path, codebook_size: int, data_path: Path | N
         meta = replace(meta, class_names=folder.class_names)
     size = meta.codebook_size or codebook_size
     meta = replace(
-        meta, codebook_size=size, dtype=codes_dtype(size), num_classes=meta.num_classes or int(labels.max()) + 1
+        meta,
+        codebook_size=size,
+        dtype=codes_dtype(size),
+        num_classes=meta.num_classes or int(labels.max()) + 1,
+        crop_range=meta.crop_range or (crop_range if meta.crops in FIVE_PLACES else None),
     )
     blocks = (_checked(codes, size, store) for _, codes in store.blocks())
     write_packed(output, meta, progress(blocks, description="pack", total=-(-len(store) // 4096)), labels, sources)
@@ -66,6 +73,7 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="store to write; for the published layout its name ends in _codes")
     add("--layout", choices=(PACKED, PUBLISHED), default=PACKED, help="layout to write")
     add("--codebook-size", type=int, default=16384, help="number of codes, where the folder itself does not say")
+    add("--crop-range", type=float, help="that of ten crops, such as 1.1 or 1.05, where the folder itself does not say")
     add("--data-path", type=Path, help="the images, where the folder does not say: gives class names and sources")
     return parser.parse_args()
 

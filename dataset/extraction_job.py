@@ -18,9 +18,9 @@ from typing import IO
 
 import numpy as np
 
-from dataset.code_store import META_FILE, StoreMeta, partial_folder, read_meta
+from dataset.code_store import META_FILE, WORK_FOLDER, StoreMeta, partial_folder, read_meta
 from dataset.code_writer import SHARD_IMAGES, give_final_name, shard_name, write_description, write_shard
-from dataset.image_folder import ImageFolder, PathList
+from dataset.image_folder import ImageFolder, PathList, UnreadableImage, load_rgb
 from utils.files import atomic_file, write_json
 from utils.program import UserError
 
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def work(self) -> Path:
-        return self.partial / "work"
+        return self.partial / WORK_FOLDER
 
     @property
     def identity(self) -> dict:
@@ -190,11 +190,11 @@ def lock(job: Job) -> IO:
     return file
 
 
-def open_job(job: Job, target: Path, sources: list[tuple[str, int]]) -> tuple[IO | None, list[int] | None]:
+def open_job(job: Job, target: Path, root: Path, sources: list[tuple[str, int]]) -> tuple[IO | None, list[int] | None]:
     """Begin the job or continue it: the lock to hold, and the blocks to encode (None when they are all in the store).
 
-    `target` is where the user will find the store (not `job.folder` where that is converted in the end). Refuses a
-    folder that was begun with other settings or images, saying what differs.
+    `target` is where the user will find the store (not `job.folder` where that is converted in the end), `root` where
+    the paths of `sources` start. Refuses a folder that was begun with other settings or images, saying what differs.
     """
     if any(_is_finished(folder, job) for folder in (target, job.folder)):
         return None, None
@@ -204,7 +204,7 @@ def open_job(job: Job, target: Path, sources: list[tuple[str, int]]) -> tuple[IO
     if _is_finished(job.partial, job):  # it lacks only its name
         job.clean_and_rename()
         return held, None
-    _start_or_resume(job, sources)
+    _start_or_resume(job, root, sources)
     return held, job.pending_blocks()
 
 
@@ -215,7 +215,7 @@ def _is_finished(folder: Path, job: Job) -> bool:
     return True
 
 
-def _start_or_resume(job: Job, sources: list[tuple[str, int]]) -> None:
+def _start_or_resume(job: Job, root: Path, sources: list[tuple[str, int]]) -> None:
     plan = job.work / "plan.json"
     if not plan.exists():
         write_images(job, sources)
@@ -226,6 +226,7 @@ def _start_or_resume(job: Job, sources: list[tuple[str, int]]) -> None:
         _refuse_other_images(job, sources)
     _refuse_other_settings(there, job.identity, job.partial)
     _accept_changed_images(job, sources)
+    _forget_repaired_images(job, root, sources)
 
 
 def write_images(job: Job, sources: list[tuple[str, int]]) -> None:
@@ -252,7 +253,7 @@ def _refuse_other_images(job: Job, sources: list[tuple[str, int]]) -> None:
 
 
 def _accept_changed_images(job: Job, sources: list[tuple[str, int]]) -> None:
-    """An image may change until it is encoded; one that was unreadable may be repaired, and its block is done again."""
+    """An image may change until it is encoded, and while it cannot be read."""
     changed = {image for image, (old, new) in enumerate(zip(job.sources(), sources, strict=True)) if old != new}
     if not changed:
         return
@@ -262,6 +263,20 @@ def _accept_changed_images(job: Job, sources: list[tuple[str, int]]) -> None:
     if encoded:
         raise UserError(f"{sources[encoded[0]][0]} has changed since it was encoded ({len(encoded)} such images); "
                         f"restore it, or remove {job.partial} to start anew.")  # fmt: skip
-    for image in changed & bad:
-        job.block_path(image // job.block_images).unlink(missing_ok=True)
     write_images(job, sources)
+
+
+def _forget_repaired_images(job: Job, root: Path, sources: list[tuple[str, int]]) -> None:
+    """The block of an image that was unreadable and no longer is (its size may be the same) is done again."""
+    for image, _ in job.bad_images():
+        block = job.block_path(image // job.block_images)
+        if block.exists() and _can_be_read(root / sources[image][0]):
+            block.unlink()
+
+
+def _can_be_read(path: Path) -> bool:
+    try:
+        load_rgb(path)
+    except UnreadableImage:
+        return False
+    return True

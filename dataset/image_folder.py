@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 
 from utils.program import UserError
 
+MAX_ASPECT = 200  # with the shorter side scaled up, the longer one would fill the memory
 STAT_IMAGES, STAT_THREADS = 1000, 32
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -88,10 +90,14 @@ def list_image_folder(root: str | Path) -> ImageFolder:
 
 def _images_below(root: Path, class_name: str) -> list[str]:
     found = []
-    for folder, _, names in sorted(os.walk(root / class_name, followlinks=True)):
+    for folder, _, names in sorted(os.walk(root / class_name, onerror=_refuse, followlinks=True)):
         below = os.path.relpath(folder, root)
         found += [os.path.join(below, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
     return found
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} cannot be listed ({_reason(error)}); make it readable or remove it.") from error
 
 
 def file_sizes(folder: ImageFolder) -> list[tuple[str, int]]:
@@ -111,6 +117,8 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
     """Decode an image file to 8-bit RGB as this file's first lines say; `UnreadableImage` where that fails."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise UnreadableImage(path, f"{image.width} × {image.height} pixels, beyond 1 : {MAX_ASPECT}")
             image.info.pop("transparency", None)  # it is dropped anyway; Pillow would warn about palettes
             if image.mode == "I" or image.mode.startswith("I;16"):
                 upper = np.asarray(image).astype(np.int64) >> 8

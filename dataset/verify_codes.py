@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.code_store import IMAGES_FILE, LABELS_FILE, PACKED, CodeStore, open_store
+from dataset.code_store import IMAGES_FILE, LABELS_FILE, PACKED, CodeStore, StoreMeta, open_store
 from dataset.contact_sheet import Example, draw_sheet
 from dataset.crops import center_crop, cut_crops, enlarged_size, to_model_range
 from dataset.image_folder import list_image_folder, load_rgb
@@ -27,6 +27,8 @@ SAME_IMAGE = 0.5  # share of equal codes: another precision changes some of them
 
 def main() -> None:
     args = parse_args()
+    if args.crop_range < 1:
+        raise UserError(f"--crop-range {args.crop_range:g} is less than 1, the image size itself; use 1.1 or 1.05.")
     store = open_store(args.codes)
     print(store)
     problems = check_files(store) + check_labels(store) + check_codes(store)
@@ -113,7 +115,7 @@ def check_images(store: CodeStore, args: argparse.Namespace) -> list[str]:
     paths = source_paths(store, args.data_path)
     examples, equal = [], []
     for image, crop, codes in zip(images, crops, store.codes(images, crops).astype(np.int64), strict=True):
-        source = source_crop(paths[image], store, crop)
+        source = source_crop(paths[image], store.meta, crop, args.crop_range)
         again, decoded = encode_and_decode(model, source, codes, store.meta.grid)
         equal.append(np.mean(again == codes))
         label = int(store.labels[image])
@@ -138,10 +140,9 @@ def source_paths(store: CodeStore, data_path: Path) -> list[str]:
     return [folder.path(image) for image in range(len(folder))]
 
 
-def source_crop(path: str, store: CodeStore, crop: int) -> np.ndarray:
-    """(S, S, 3) uint8: the crop that the codes stand for."""
-    meta = store.meta
-    square = center_crop(load_rgb(path), enlarged_size(meta.image_size, meta.crops, meta.crop_range or 1.1))
+def source_crop(path: str, meta: StoreMeta, crop: int, crop_range: float) -> np.ndarray:
+    """(S, S, 3) uint8: the crop that the codes stand for; `crop_range` where `meta` has none."""
+    square = center_crop(load_rgb(path), enlarged_size(meta.image_size, meta.crops, meta.crop_range or crop_range))
     return cut_crops(torch.from_numpy(square.copy())[None], meta.image_size, meta.crops)[0, crop].numpy()
 
 
@@ -171,6 +172,7 @@ def parse_args() -> argparse.Namespace:
     add("--vq-model", default="VQ-16", help="tokenizer, where the store does not say")
     add("--codebook-size", type=int, default=16384, help="number of codes, where the store does not say")
     add("--codebook-embed-dim", type=int, default=8, help="width of a code's vector, where the store does not say")
+    add("--crop-range", type=float, default=1.1, help="crop range, where the store does not say")
     add("--weights", choices=WEIGHTS_CHOICES, default="auto", help="weights, where the store does not say")
     return parser.parse_args()
 

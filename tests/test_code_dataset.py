@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dataset.code_dataset import CodeDataset, CodeLoader, counter_hash, epoch_order
+from dataset.code_store import open_store
+from dataset.code_writer import write_packed
 from tests.stores import make_store, random_codes
 from utils.program import UserError
 
@@ -179,3 +181,19 @@ def test_stores_of_different_images_are_not_mixed(store, tmp_path, change, what)
     other = make_store(tmp_path / "b" / "toy16_codes", **{"count": 23, **change})
     with pytest.raises(UserError, match=f"cannot be mixed: their {what} differs"):
         CodeDataset([store, other])
+
+
+def without_sources(store, folder, labels=None):
+    """The same codes as packed from a published folder, which does not list its images."""
+    blocks = (codes for _, codes in store.blocks())
+    write_packed(folder, store.meta, blocks, store.labels if labels is None else labels)
+    return open_store(folder)
+
+
+def test_stores_without_a_list_of_images_are_compared_by_their_labels(store, tmp_path):
+    unlisted = without_sources(store, tmp_path / "b" / "toy16_codes")
+    assert len(CodeDataset([store, unlisted])) == len(CodeDataset([unlisted, unlisted])) == 23
+    others = without_sources(store, tmp_path / "c" / "toy16_codes", np.roll(store.labels, 1))
+    for first in (store, unlisted):
+        with pytest.raises(UserError, match="hold codes of different images"):
+            CodeDataset([first, others])

@@ -138,6 +138,14 @@ def edit_meta(folder, **changes):
         (lambda folder: edit_meta(folder, crops=5), "says uint16"),
         (lambda folder: edit_meta(folder, layout="other"), "is damaged"),
         (lambda folder: edit_meta(folder, surprise=1), "is damaged"),
+        (lambda folder: edit_meta(folder, count="20"), "is damaged"),
+        (lambda folder: edit_meta(folder, dtype="O"), "is damaged"),
+        (lambda folder: edit_meta(folder, grid=[4]), "is damaged"),
+        (lambda folder: edit_meta(folder, tokenizer=None), "is damaged"),
+        (lambda folder: edit_meta(folder, shards={}), "is damaged"),
+        (lambda folder: edit_meta(folder, shards=[7]), "is damaged"),
+        (lambda folder: edit_meta(folder, shards=[{"file": "codes-00000.npy", "count": 20}]), "is damaged"),
+        (lambda folder: edit_meta(folder, shards=[{"file": "x", "sha256": "", "count": "20"}]), "is damaged"),
         (lambda folder: (folder / "meta.json").unlink(), "no code store"),
     ],
 )
@@ -168,6 +176,12 @@ def test_foreign_files_are_refused(folder, array, sentence):
     np.save(folder / "0.npy", array)
     with pytest.raises(UserError, match=sentence):
         open_store(folder)
+
+
+def test_published_folder_whose_name_has_no_size_is_refused(folder):
+    published(folder.with_name("toy_codes"))
+    with pytest.raises(UserError, match="does not say its image size; rename it"):
+        open_store(folder.with_name("toy_codes"))
 
 
 def test_published_folder_with_gaps_or_without_labels_is_refused(folder):

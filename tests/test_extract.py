@@ -13,7 +13,7 @@ from PIL import Image
 from autoregressive.train import extract_codes_c2i
 from dataset import convert_codes, extraction_job, verify_codes
 from dataset.code_store import open_store
-from dataset.crops import center_crop, cut_crops, to_model_range
+from dataset.crops import center_crop, cut_crops, enlarged_size, to_model_range
 from dataset.image_folder import list_image_folder, load_rgb
 from tests.processes import run_main
 from tests.tiny_extraction import CLASSES, CODEBOOK, IMAGES, arguments, contents, extract, make_images, make_tokenizer
@@ -269,6 +269,66 @@ def test_repaired_images_are_encoded_and_nothing_else_is(monkeypatch, data, code
     assert contents(codes / "repaired") == contents(codes / "straight")
 
 
+def test_an_image_repaired_at_the_same_size_is_encoded(monkeypatch, data, codes, tokenizer):
+    extract(monkeypatch, arguments(data, codes / "straight", tokenizer))
+    whole = (data / "bee" / "2.png").read_bytes()
+    (data / "bee" / "2.png").write_bytes(bytes(len(whole)))
+    (data / "cat" / "1.png").write_bytes(b"")
+    command = arguments(data, codes / "repaired", tokenizer)
+    with pytest.raises(UserError, match="2 of 24 images cannot be read"):
+        extract(monkeypatch, command)
+    (data / "bee" / "2.png").write_bytes(whole)
+    with pytest.raises(UserError, match="1 of 24 images cannot be read, such as .*cat/1.png"):
+        extract(monkeypatch, command)
+    extract(monkeypatch, [*command, "--skip-bad-images"])
+    store, straight = (open_store(codes / name / "toy16_codes") for name in ("repaired", "straight"))
+    kept = [image for image in range(COUNT) if image != 2 * IMAGES + 1]
+    np.testing.assert_array_equal(store.block(0, COUNT - 1), straight.block(0, COUNT)[kept])
+
+
+def test_several_ranks_list_what_they_cannot_read(data, codes, tokenizer, tmp_path):
+    (data / "bee" / "2.png").write_bytes(b"")
+    log = tmp_path / "log"
+    assert set(run_main(extract_codes_c2i.main, arguments(data, codes, tokenizer), 2, output=log)) == {2}
+    assert "1 of 24 images cannot be read" in log.read_text()
+    listed = (codes / "toy16_codes.partial" / "unreadable.jsonl").read_text()
+    assert json.loads(listed) == ["bee/2.png", "not an image file"]
+
+
+def test_out_of_memory_is_told_in_a_sentence(monkeypatch, data, codes, tokenizer):
+    def encode(self, squares):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(extract_codes_c2i.Encoder, "__call__", encode)
+    with pytest.raises(UserError, match="does not hold 20 crops of 16 px at a time; use a smaller --batch-size"):
+        extract(monkeypatch, arguments(data, codes, tokenizer))
+
+
+def test_what_would_prevent_publishing_is_found_at_the_start(monkeypatch, data, codes, tokenizer):
+    (codes / "toy16_labels").mkdir(parents=True)
+    np.save(codes / "toy16_labels" / "0.npy", [2])
+    command = arguments(data, codes, tokenizer, "--layout", "published")
+    monkeypatch.setattr(extract_codes_c2i, "extract", None)  # not reached
+    with pytest.raises(UserError, match="toy16_labels exists already and holds other labels"):
+        extract(monkeypatch, command)
+    (codes / "toy16_labels" / "0.npy").unlink()
+    (codes / "toy16_labels").rmdir()
+    (codes / "toy16_codes.partial" / "work").mkdir(parents=True)
+    with pytest.raises(UserError, match="toy16_codes.partial holds an interrupted extraction"):
+        extract(monkeypatch, command)
+
+
+def test_conversion_leaves_an_interrupted_extraction_alone(monkeypatch, data, codes, tokenizer):
+    extract(monkeypatch, arguments(data, codes / "whole", tokenizer))
+    command = arguments(data, codes / "begun", tokenizer)
+    interrupt(monkeypatch, command)
+    before = contents(codes / "begun")
+    with pytest.raises(UserError, match="holds an interrupted extraction; finish it"):
+        run_tool(monkeypatch, convert_codes, "--codes", codes / "whole" / "toy16_codes", "--layout", "published",
+                 "--output", codes / "begun" / "toy16_codes")  # fmt: skip
+    assert contents(codes / "begun") == before
+
+
 def test_a_link_to_nowhere_is_an_unreadable_image(monkeypatch, data, codes, tokenizer):
     (data / "bee" / "9.png").symlink_to(data / "gone.png")
     extract(monkeypatch, arguments(data, codes, tokenizer, "--skip-bad-images"))
@@ -320,6 +380,9 @@ def test_foreign_published_folder_gets_its_description_from_the_flags(monkeypatc
     extract(monkeypatch, arguments(data, codes, tokenizer, "--layout", "published"))
     (codes / "toy16_codes" / "meta.json").unlink()
     (codes / "toy16_codes" / "images.jsonl").unlink()
+    plain = tmp_path / "plain" / "toy16_codes"
+    run_tool(monkeypatch, convert_codes, "--codes", codes / "toy16_codes", "--output", plain)
+    assert open_store(plain).meta.crop_range is None
     source, output = codes / "toy16_codes", tmp_path / "packed" / "toy16_codes"
     fewer = make_images(tmp_path / "fewer")
     (fewer / "ant" / "0.png").unlink()
@@ -328,8 +391,9 @@ def test_foreign_published_folder_gets_its_description_from_the_flags(monkeypatc
     with pytest.raises(UserError, match="does not hold the images of"):
         run_tool(monkeypatch, convert_codes, "--codes", source, "--output", output, "--data-path", fewer)
     run_tool(monkeypatch, convert_codes, "--codes", source, "--output", output, "--data-path", data,
-             "--codebook-size", CODEBOOK)  # fmt: skip
+             "--codebook-size", CODEBOOK, "--crop-range", 1.05)  # fmt: skip
     store = open_store(output)
+    assert store.meta.crop_range == 1.05
     assert (store.meta.class_names, store.meta.num_classes, store.meta.dtype) == (list(CLASSES), 3, "uint16")
     assert store.sources()[0][0] == "ant/0.png"
     np.testing.assert_array_equal(store.block(0, COUNT), open_store(source).block(0, COUNT))
@@ -369,6 +433,19 @@ def test_verify_reads_the_published_layout(monkeypatch, data, codes, tokenizer, 
     said = capsys.readouterr().out
     assert "no checksums are kept" in said
     assert "100.00% of the codes" in said
+
+
+def test_verify_takes_the_crop_range_that_the_store_does_not_tell(monkeypatch, data, codes, tokenizer, tmp_path):
+    extract(monkeypatch, arguments(data, codes, tokenizer, "--layout", "published", "--crop-range", "1.5"))
+    (codes / "toy16_codes" / "meta.json").unlink()
+    ranges = []
+    monkeypatch.setattr(verify_codes, "enlarged_size", lambda *given: ranges.append(given[2]) or enlarged_size(*given))
+    common = ("--codes", codes / "toy16_codes", "--vq-ckpt", tokenizer, "--data-path", data, "--vq-model", "VQ-Tiny",
+              "--codebook-size", CODEBOOK, "--output", tmp_path / "sheet.png")  # fmt: skip
+    run_tool(monkeypatch, verify_codes, *common, "--crop-range", 1.5)
+    assert set(ranges) == {1.5}
+    with pytest.raises(UserError, match="--crop-range 0.5 is less than 1"):
+        run_tool(monkeypatch, verify_codes, *common, "--crop-range", 0.5)
 
 
 def overwrite(path, offset, content):

@@ -1,6 +1,7 @@
 """Image folders: torchvision's order, and what happens to every odd kind of image file."""
 
 import errno
+import os
 import pickle
 import warnings
 
@@ -43,6 +44,32 @@ def test_missing_and_empty_folders_are_refused(tmp_path):
     (tmp_path / "empty_class").mkdir()
     with pytest.raises(UserError, match="empty_class holds no images"):
         list_image_folder(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "ant" / "secret").mkdir(parents=True)
+    Image.fromarray(COLOURS).save(tmp_path / "ant" / "0.png")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"ant/secret cannot be listed \(permission denied\)"):
+        list_image_folder(tmp_path)
+
+
+def test_very_long_images_are_unreadable(tmp_path):
+    for width, refused in ((200, False), (201, True)):
+        for shape in ((width, 1), (1, width)):
+            Image.new("RGB", shape).save(tmp_path / "long.png")
+            if refused:
+                with pytest.raises(UnreadableImage, match="beyond 1 : 200"):
+                    load_rgb(tmp_path / "long.png")
+            else:
+                assert load_rgb(tmp_path / "long.png").size == shape
 
 
 def saved(tmp_path, image, name, **options):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset.code_store import META_FILE, PACKED, PUBLISHED, StoreMeta, open_store, store_folder
-from dataset.code_writer import codes_dtype, software_versions, write_published
+from dataset.code_writer import check_published_place, codes_dtype, software_versions, write_published
 from dataset.crops import center_crop, crop_count, cut_crops, enlarged_size, to_model_range
 from dataset.extraction_job import Job, list_hash, open_job
 from dataset.image_batches import worker_count
@@ -76,10 +76,12 @@ def begin(
     folder = list_images(args)
     sources = file_sizes(folder)
     job = plan_job(args, target, folder, list_hash(sources), tokenizer, device)
-    held_lock, pending = open_job(job, target, sources)
+    held_lock, pending = open_job(job, target, args.data_path, sources)
     if target.exists() and open_store(target).meta.layout != args.layout:
         raise UserError(f"{target} is there already, in the other layout than {args.layout}; convert it with "
                         "convert_codes.sh or choose another --code-path.")  # fmt: skip
+    if args.layout == PUBLISHED and pending is not None:
+        check_published_place(target, folder.labels)  # not hours later
     return job, held_lock, pending
 
 
@@ -203,7 +205,7 @@ def extract(job: Job, folder: ImageFolder, pending: list[int], encode: Encoder, 
         for block in blocks:
             codes, bad = [], []
             for images in job.batches_of(block):
-                batch_codes, batch_bad = next(results)
+                batch_codes, batch_bad = next_batch(results, job)
                 codes.append(batch_codes[: len(images)])
                 bad += batch_bad
                 bar.update(len(images))
@@ -211,6 +213,14 @@ def extract(job: Job, folder: ImageFolder, pending: list[int], encode: Encoder, 
                 tqdm.write(f"unreadable: {folder.path(image)} ({reason})", file=sys.stderr)
             writer.put(block, codes, bad)
     world.barrier()
+
+
+def next_batch(results: Iterator, job: Job) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+    try:
+        return next(results)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory does not hold {job.meta.settings['batch_size']} crops of "
+                        f"{job.meta.image_size} px at a time; use a smaller --batch-size.") from error  # fmt: skip
 
 
 def encoded_batches(
@@ -276,15 +286,16 @@ class BlockWriter:
 
 def refuse_bad_images(job: Job, folder: ImageFolder, skip: bool, world: World) -> None:
     """Report what could not be read; without `skip` that is the end, before anything final is written."""
-    bad = world.broadcast(job.bad_images() if world.is_main else None)
+    bad = job.bad_images() if world.is_main else None
+    if bad and not skip:
+        job.write_unreadable(bad)  # before the other ranks know: the first one to raise ends them all
+    bad = world.broadcast(bad)
     if not bad:
         return
     example = f"{folder.path(bad[0][0])} ({bad[0][1]})"
     if len(bad) == job.meta.count:
         raise UserError(f"none of the {len(bad):,} images can be read, such as {example}; check --data-path.")
     if not skip:
-        if world.is_main:
-            job.write_unreadable(bad)
         raise UserError(f"{len(bad):,} of {job.meta.count:,} images cannot be read, such as {example}; repair those "
                         f"listed in {job.unreadable_path} or add --skip-bad-images to leave them out, then run the "
                         "same command again: what is encoded stays.")  # fmt: skip
