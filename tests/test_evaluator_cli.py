@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 from PIL import Image
 
 from evaluations.c2i import evaluator
+from evaluations.c2i.features import ExportedFeatures, InceptionNetwork, TensorFlowFeatures
+from evaluations.c2i.npz import ImageSet
+from evaluations.c2i.report import Report, warn_about_sets
 from tests import adm_definitions
 from tests.inception_graph import InceptionGraph
 from tests.tensorflow_reference import graph_and_answers, needs_tensorflow, synthetic_images
@@ -75,7 +79,7 @@ def test_started_as_a_file_from_any_directory(sets, tmp_path):
     (elsewhere / "utils").mkdir(parents=True)
     (elsewhere / "utils" / "__init__.py").write_text("raise SystemExit('the wrong utils')")
     script = ROOT / "evaluations" / "c2i" / "evaluator.py"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     command = [sys.executable, script, "../ref.npz", "../sample.npz", "--features", tiny_network()]
     result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -248,6 +252,21 @@ def test_a_tensorflow_that_cannot_be_imported(sets, monkeypatch, capsys, tmp_pat
     assert "install it with pip install -r evaluations/c2i/requirements.txt" in message
 
 
+def test_the_tensorflow_process_imports_nothing_from_the_current_folder(sets, monkeypatch, capfd, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("numpy", "evaluations"):
+        (folder / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "tensorflow.py").write_text("raise ImportError('not here')")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    with pytest.raises(UserError, match="the TensorFlow process ended with status 1"):
+        TensorFlowFeatures(small_graph(tmp_path), torch.device("cpu"))
+    assert "TensorFlow cannot be imported (not here)" in capfd.readouterr().err
+
+
 def with_labels(folder: Path, labels: np.ndarray) -> Path:
     np.savez(folder / "labelled.npz", arr_0=synthetic_images(1, len(labels), 16, 16), labels=labels)
     return folder / "labelled.npz"
@@ -280,8 +299,72 @@ def test_refusals(sets, monkeypatch, capsys, tmp_path):
     assert "give REFERENCE and SAMPLE" in refusal(reference, *network)
     assert "--batch-size must be" in refusal(reference, sample, *network, "--batch-size", 0)
     assert "bf16 works with" in refusal(reference, sample, *network, "--precision", "bf16")
+    assert "--keep-images belongs to --save-stats" in refusal(reference, sample, *network, "--keep-images", 9)
+    for others in (network, ("--backend", "tensorflow")):
+        assert "--compile on works with" in refusal(reference, sample, *others, "--compile", "on")
+    saving = (reference, "--save-stats", tmp_path / "own.npz")
+    assert "--save-stats takes --precision fp32 only" in refusal(*saving, "--precision", "bf16")
+    for flag, value in (("--report", tmp_path / "x"), ("--distances", "exact")):
+        assert "belong to a comparison" in refusal(*saving, *network, flag, value)
+    assert not (tmp_path / "own.npz").exists()
     assert not sample.with_suffix(".txt").exists()
     assert not sample.with_suffix(".json").exists()
+
+
+def test_a_device_without_float64_is_refused(sets, monkeypatch, capsys):
+    def zeros(*shape, dtype=None, **options):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    message = refuse(monkeypatch, capsys, *sets, "--features", tiny_network(), "--device", "mps")
+    assert "error: --device mps cannot be used (Cannot convert" in message
+    assert "try --device cpu" in message
+
+
+@pytest.mark.parametrize("network", ["inception", "exported"])
+def test_out_of_memory_is_told_in_a_sentence(network, sets, monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if network == "inception":
+        monkeypatch.setattr(InceptionNetwork, "forward", fail)
+        flags = ("--graph", small_graph(tmp_path))
+    else:
+        monkeypatch.setattr(ExportedFeatures, "dimensions", lambda self, height, width: (6, 6))
+        monkeypatch.setattr("evaluations.c2i.features.load_exported", lambda path, device: fail)
+        flags = ("--features", tiny_network())
+    message = refuse(monkeypatch, capsys, *sets, *flags, "--batch-size", 30)
+    assert "does not hold 30 images at a time; use a smaller --batch-size" in message
+
+
+def test_closing_a_tensorflow_that_has_ended():
+    features = object.__new__(TensorFlowFeatures)
+    features.process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    features.process.stdin.write(b"left")
+    while features.process.poll() is None:
+        time.sleep(0.01)
+    features.close()
+
+
+@pytest.mark.parametrize(
+    ("labels", "reference_labels", "expected"),
+    [
+        ([0, 0, 2, 2], None, "from 0 images (class 1) to 2 images (class 0)"),
+        ([0, 0, 1, 1], [0, 1, 2], "from 0 images (class 2) to 2 images (class 0)"),
+        ([0, 0, 1, 1], None, None),
+        ([0, 2], None, None),  # fewer images than classes: one more or less is balance
+    ],
+)
+def test_a_class_without_images_is_unbalanced(labels, reference_labels, expected):
+    sample, reference = ImageSet(), ImageSet()
+    for images, own in ((sample, labels), (reference, reference_labels)):
+        images.path, images.count, images.height, images.width = Path("x.npz"), 50_000, 16, 16
+        images.labels = None if own is None else np.array(own)
+    report = Report()
+    warn_about_sets(report, reference, sample, precomputed=True)
+    said = [warning for warning in report.warnings if "unbalanced" in warning]
+    assert [expected in warning for warning in said] == [True] * (expected is not None)
 
 
 def test_features_that_are_not_finite(sets, monkeypatch, capsys, tmp_path):

@@ -69,6 +69,44 @@ def test_other_arrays_and_arr_1_that_is_no_label(tmp_path):
     assert images.array("mu") is None
 
 
+@pytest.mark.parametrize("unrelated", [np.array([{"a": 1}], object), np.zeros(99, np.uint8), np.array("text")])
+def test_an_unrelated_arr_1_is_ignored(tmp_path, monkeypatch, unrelated):
+    monkeypatch.setattr(npz, "MAX_SMALL_ARRAY_BYTES", 50)
+    assert open_images(saved(tmp_path, arr_0=IMAGES, arr_1=unrelated)).labels is None
+
+
+def test_a_member_without_npy_is_no_array(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
+        archive.writestr("arr_0", b"")
+    with pytest.raises(UserError, match=r"holds no arr_0.npy \(it holds: arr_0\)"):
+        open_images(tmp_path / "images.npz")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_sizes_that_the_file_cannot_hold_are_refused_before_they_are_used(tmp_path, compressed):
+    """An archive whose directory and array header agree on far more images than there are bytes for."""
+    path, count = tmp_path / "images.npz", 1 << 30
+    member = npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, 8, 8, 3)}}")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
+        archive.writestr("arr_0.npy", member + bytes(192))
+        archive.filelist[0].file_size = len(member) + count * 192  # what the directory will say
+    with pytest.raises(UserError, match=r"arr_0 cannot hold \d+ bytes"):
+        open_images(path)
+
+
+def test_other_compressions_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.npz", "w", zipfile.ZIP_LZMA) as archive, io.BytesIO() as array:
+        np.save(array, IMAGES)
+        archive.writestr("arr_0.npy", array.getvalue())
+    with pytest.raises(UserError, match="arr_0 is packed otherwise than numpy does"):
+        open_images(tmp_path / "images.npz")
+
+
+def test_the_most_compressible_images_are_read(tmp_path):
+    black = np.zeros((200, 64, 64, 3), np.uint8)
+    np.testing.assert_array_equal(read(saved(tmp_path, True, arr_0=black)), black)
+
+
 def fortran(array: np.ndarray) -> np.ndarray:
     return np.asfortranarray(array)
 
@@ -230,7 +268,7 @@ def test_folders_are_read_in_order_as_rgb(tmp_path):
     np.testing.assert_array_equal(read(tmp_path)[0], np.repeat(IMAGES[0, ..., :1], 3, axis=2))
 
 
-def test_folders_that_cannot_be_used(tmp_path):
+def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no images"):
         open_images(tmp_path)
     Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
@@ -244,4 +282,8 @@ def test_folders_that_cannot_be_used(tmp_path):
         read(tmp_path)
     (tmp_path / "0.png").write_bytes(b"")
     with pytest.raises(UserError, match="0.png cannot be read as an image"):
+        open_images(tmp_path)
+    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match="0.png cannot be read as an image .*decompression bomb"):
         open_images(tmp_path)

@@ -14,8 +14,9 @@ from pathlib import Path
 if not __package__:  # started as a plain file: begin again as a module, which finds the rest of the repository
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ.update(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1")
-    os.execv(sys.executable, [sys.executable, "-m", "evaluations.c2i.evaluator", *sys.argv[1:]])
+    os.environ.update(PYTHONPATH=os.pathsep.join(paths))
+    starter = os.path.join(root, "scripts", "run_module.py")  # unlike -m, never imports from the current folder
+    os.execv(sys.executable, [sys.executable, starter, "evaluations.c2i.evaluator", *sys.argv[1:]])
 
 import argparse
 import platform
@@ -104,18 +105,31 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give REFERENCE and SAMPLE, or one image set with --save-stats")
     if args.batch_size < 1 or args.keep_images <= NEIGHBOURS:
         parser.error(f"--batch-size must be at least 1 and --keep-images at least {NEIGHBOURS + 1}")
+    check_combination(parser, args)
+    return args
+
+
+def check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect, or a misleading one, beside the others."""
     if args.precision == "bf16" and (args.backend != "torch" or args.features != "inception"):
         parser.error("--precision bf16 works with the Inception graph and --backend torch only")
+    if args.save_stats and args.precision == "bf16":
+        parser.error("--save-stats takes --precision fp32 only: a reference does not say how it was computed")
+    if args.save_stats and (args.report or args.distances != parser.get_default("distances")):
+        parser.error("--report and --distances belong to a comparison, not to --save-stats")
+    if not args.save_stats and args.keep_images != parser.get_default("keep_images"):
+        parser.error("--keep-images belongs to --save-stats")
+    if args.compile == "on" and (args.backend != "torch" or args.features != "inception"):
+        parser.error("--compile on works with the Inception graph and --backend torch only")
     if args.features != "inception" and (args.graph or args.backend != "torch"):
         parser.error("--graph and --backend belong to --features inception")
-    return args
 
 
 def feature_network(args: argparse.Namespace, images: int) -> FeatureNetwork:
     try:
         device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device, dtype=torch.float64)  # which covariances need, and Apple's mps lacks
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(
             f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try --device cpu."
         ) from None

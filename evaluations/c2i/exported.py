@@ -38,6 +38,8 @@ def run_exported(network: nn.Module, images: Tensor, path: Path) -> tuple[Tensor
     """(pool, spatial, logits) of images (N, H, W, 3) uint8, checked against what was promised."""
     try:
         outputs: Any = network(images.float())
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, AssertionError) as error:  # guards of the export raise any of these
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} does not accept images of shape {tuple(images.shape)} ({reason}); "

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -17,6 +18,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluations.c2i import tensorflow_backend
 from evaluations.c2i.exported import load_exported, run_exported
 from evaluations.c2i.frozen_graph import FrozenGraph
 from evaluations.c2i.graph_def import read_graph
@@ -106,6 +108,8 @@ class InceptionFeatures:
         if self.compiled and self.run is self.network:
             try:
                 self.run = compile_frozen(self.network, images)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # the machine lacks what compiling needs
                 reason = (str(error).splitlines() or [""])[0]
                 print(f"note: torch.compile does not work here ({reason}); going on without.", file=sys.stderr)
@@ -151,7 +155,8 @@ class TensorFlowFeatures:
         self.path, self.device = graph, device
         network = InceptionNetwork(graph)  # a wrong file gets the same sentences as from the other backend
         self.dimensions = lambda height, width: network.dimensions
-        command = [sys.executable, "-m", "evaluations.c2i.tensorflow_backend", str(graph), device.type]
+        # As a file, not with -m, which would import from the current folder.
+        command = [sys.executable, tensorflow_backend.__file__, str(graph), device.type]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.version = str(self._receive())
 
@@ -166,7 +171,9 @@ class TensorFlowFeatures:
         return _description("inception", self.path, f"tensorflow {self.version}")
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # it ended already, with something still to read
+            self.process.stdin.close()
+        self.process.terminate()
         self.process.wait()
 
     def _receive(self) -> np.ndarray:

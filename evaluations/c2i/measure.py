@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluations.c2i.features import FeatureNetwork
+from evaluations.c2i.features import FeatureNetwork, Features
 from evaluations.c2i.metrics import Gaussian, GaussianAccumulator, InceptionScoreAccumulator
 from evaluations.c2i.npz import ImageSet, prefetched
 from utils.program import UserError
@@ -40,7 +40,7 @@ def measure(
     recognised = done = 0
     with progress(description=f"features of {images.path.name}", total=images.count, unit=" images") as bar:
         for batch in prefetched(images.batches(batch_size)):
-            features = network(torch.from_numpy(batch))
+            features = _features(network, torch.from_numpy(batch))
             now = slice(done, done + len(batch))
             pool[now] = features.pool
             for gaussian, given, values in zip(gaussians, known, features[:2], strict=True):
@@ -66,6 +66,14 @@ def measure(
         inception_score.finish() if score else None,
         recognised / images.count if labels is not None else None,
     )
+
+
+def _features(network: FeatureNetwork, batch: Tensor) -> Features:
+    try:
+        return network(batch)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory does not hold {len(batch)} images at a time; "
+                        "use a smaller --batch-size.") from error  # fmt: skip
 
 
 def _check_labels(labels: np.ndarray, logits: Tensor, images: ImageSet) -> None:

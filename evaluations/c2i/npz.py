@@ -21,6 +21,7 @@ from utils.program import UserError
 
 MAX_IMAGE_BYTES = 1 << 28  # of one decoded image; a batch never holds more than this, or one image
 MAX_SMALL_ARRAY_BYTES = 1 << 30  # statistics and labels, which are read whole
+MAX_DEFLATE_RATIO = 1032  # of the format: a match of 258 bytes takes two bits
 MAX_HEADER_BYTES = 10_000
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 DECODERS = 8  # threads
@@ -36,6 +37,7 @@ DAMAGE = (
     OSError,
     RuntimeError,
 )
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
 
 
 class ImageSet:
@@ -75,12 +77,13 @@ class NpzImages(ImageSet):
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._archive() as archive:
-            self.names = {name.removesuffix(".npy") for name in archive.namelist()}
+            members = sorted(archive.namelist())
+            self.names = {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
             if "arr_0" not in self.names:
-                raise UserError(f"{path} holds no arr_0 (it holds: {', '.join(sorted(self.names)[:10]) or 'nothing'}); "
+                raise UserError(f"{path} holds no arr_0.npy (it holds: {', '.join(members[:10]) or 'nothing'}); "
                                 "store the images as uint8 arr_0 of shape (N, height, width, 3).")  # fmt: skip
             with archive.open("arr_0.npy") as file:
-                shape, dtype, fortran_order = self._header(file, archive.getinfo("arr_0.npy").file_size, "arr_0")
+                shape, dtype, fortran_order = self._header(file, self._size(archive, "arr_0"), "arr_0")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order:
             order = " in Fortran order" if fortran_order else ""
             raise UserError(f"arr_0 of {path} is {dtype} {shape}{order}; "
@@ -94,7 +97,7 @@ class NpzImages(ImageSet):
     def batches(self, size: int) -> Iterator[np.ndarray]:
         size = self.batch_limit(size)
         with self._archive() as archive, archive.open("arr_0.npy") as file:
-            self._header(file, archive.getinfo("arr_0.npy").file_size, "arr_0")
+            self._header(file, self._size(archive, "arr_0"), "arr_0")
             for start in range(0, self.count, size):
                 length = min(size, self.count - start)
                 batch = np.empty((length, self.height, self.width, 3), np.uint8)
@@ -107,7 +110,7 @@ class NpzImages(ImageSet):
         if name not in self.names:
             return None
         with self._archive() as archive, archive.open(f"{name}.npy") as file:
-            size = archive.getinfo(f"{name}.npy").file_size
+            size = self._size(archive, name)
             shape, dtype, fortran_order = self._header(file, size, name)
             if size > MAX_SMALL_ARRAY_BYTES:
                 raise UserError(f"{name} of {self.path} takes {size >> 20} MiB; statistics are never that large.")
@@ -119,15 +122,28 @@ class NpzImages(ImageSet):
 
     def _labels(self) -> np.ndarray | None:
         """`labels`, or ADM's `arr_1` if it looks like labels."""
-        for name in ("labels", "arr_1"):
-            labels = self.array(name)
-            fits = labels is not None and labels.dtype.kind in "iu" and labels.shape == (self.count,)
-            if fits:
-                return labels.astype(np.int64)
-            if name == "labels" and labels is not None:
-                raise UserError(f"labels of {self.path} are {labels.dtype} {labels.shape}; "
-                                f"they must be integers of shape ({self.count},), one per image.")  # fmt: skip
-        return None
+        labels = self.array("labels")
+        if labels is None and "arr_1" in self.names:
+            with self._archive() as archive, archive.open("arr_1.npy") as file:
+                shape, dtype, *_ = _npy_header(file)
+            if dtype.kind in "iu" and shape == (self.count,):  # else it is something else, and nobody's business
+                labels = self.array("arr_1")
+        if labels is None:
+            return None
+        if labels.dtype.kind not in "iu" or labels.shape != (self.count,):
+            raise UserError(f"labels of {self.path} are {labels.dtype} {labels.shape}; "
+                            f"they must be integers of shape ({self.count},), one per image.")  # fmt: skip
+        return labels.astype(np.int64)
+
+    def _size(self, archive: zipfile.ZipFile, name: str) -> int:
+        """Bytes of an array as the archive gives them, which must be possible for the file's own length."""
+        member = archive.getinfo(f"{name}.npy")
+        ratio = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: MAX_DEFLATE_RATIO}.get(member.compress_type)
+        if ratio is None:
+            raise zipfile.BadZipFile(f"{name} is packed otherwise than numpy does")
+        if member.file_size > ratio * min(member.compress_size, self.path.stat().st_size):
+            raise zipfile.BadZipFile(f"{name} cannot hold {member.file_size} bytes")
+        return member.file_size
 
     @contextmanager
     def _archive(self) -> Iterator[zipfile.ZipFile]:
@@ -163,7 +179,7 @@ class ImageFolder(ImageSet):
         try:
             with Image.open(self.files[0]) as first:
                 self.width, self.height = first.size
-        except OSError as error:
+        except BROKEN_IMAGE as error:
             raise UserError(f"{self.files[0]} cannot be read as an image ({error}).") from None
         if self.height * self.width * 3 > MAX_IMAGE_BYTES:
             raise UserError(f"{self.files[0]} has {self.height} x {self.width} pixels, which is too large.")
@@ -181,7 +197,7 @@ class ImageFolder(ImageSet):
                     raise UserError(f"{file} has {image.width} x {image.height} pixels and the first image of the "
                                     f"folder {self.width} x {self.height}; resize them to one size.")  # fmt: skip
                 return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except BROKEN_IMAGE as error:
             raise UserError(f"{file} cannot be read as an image ({error}).") from None
 
 

@@ -80,10 +80,24 @@ def warn_about_sets(report: Report, reference: ImageSet, sample: ImageSet, preco
                     f"{sample.height} x {sample.width}; both are resized to 299 x 299 by the Inception graph, which "
                     "does not make them comparable.")  # fmt: skip
     if sample.labels is not None:
-        classes, counts = np.unique(sample.labels, return_counts=True)
+        classes, counts = class_counts(sample, reference)
         if counts.max() - counts.min() > 1:
             fewest, most = (f"{counts[i]} images (class {classes[i]})" for i in (counts.argmin(), counts.argmax()))
             report.warn(f"the classes of {sample.path.name} are unbalanced: from {fewest} to {most}.")
+
+
+def class_counts(sample: ImageSet, reference: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    """Classes of the sample and their numbers of images; with the first class that has none, if there is one.
+
+    Classes are counted from 0 to the largest label of both sets.
+    """
+    classes, counts = np.unique(sample.labels, return_counts=True)
+    largest = classes[-1] if reference.labels is None else max(classes[-1], reference.labels.max())
+    gaps = np.flatnonzero(classes != np.arange(len(classes)))
+    missing = gaps[0] if len(gaps) else len(classes)
+    if classes[0] >= 0 and missing <= largest:
+        return np.append(classes, missing), np.append(counts, 0)
+    return classes, counts
 
 
 def device_name(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """The process that runs the Inception graph in TensorFlow 2: arrays of images in, arrays of features out.
 
-    python -m evaluations.c2i.tensorflow_backend GRAPH.pb cpu|cuda
+    python evaluations/c2i/tensorflow_backend.py GRAPH.pb cpu|cuda
 
 First writes TensorFlow's version, then for every array of images read from standard input the arrays of pool and
 spatial features and logits. Ends when its input ends. Never imports PyTorch.
