@@ -83,7 +83,7 @@ class Bench:
 
     def here(self) -> None:
         shutil.rmtree(self.folder / "new", ignore_errors=True)
-        lock, pending = open_job(self.job, self.job.folder, self.sources)
+        lock, pending = open_job(self.job, self.job.folder, self.images, self.sources)
         extract(self.job, self.listed, pending, self.encode, self.args.num_workers, self.world)
         for shard in range(self.job.shards):
             self.job.join_shard(shard)

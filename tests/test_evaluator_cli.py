@@ -312,12 +312,14 @@ def test_refusals(sets, monkeypatch, capsys, tmp_path):
 
 
 def test_a_device_without_float64_is_refused(sets, monkeypatch, capsys):
+    network = tiny_network()
+
     def zeros(*shape, dtype=None, **options):
         if dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    message = refuse(monkeypatch, capsys, *sets, "--features", tiny_network(), "--device", "mps")
+    message = refuse(monkeypatch, capsys, *sets, "--features", network, "--device", "mps")
     assert "error: --device mps cannot be used (Cannot convert" in message
     assert "try --device cpu" in message
 
