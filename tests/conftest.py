@@ -13,3 +13,6 @@ if os.environ.get("NPP_TEST_GPU") != "1":
 import torch
 
 torch.set_num_threads(1)
+# The first backward pass decides for good whether autograd gets threads, which forked processes could not use. Now it
+# gets none; after some of what tests import (torch.export, compilers) it would.
+torch.ones(1, requires_grad=True).sum().backward()
