@@ -3,8 +3,8 @@
     python -m benchmarks.training --gpt-model GPT-B --batch-size 8
 
 The plain step averages by unfold, builds the rotary table on the CPU and moves it at every step, repeats the logits
-once for each code of a patch, and reads the loss at every step. Both variants run alternately in one process; peak
-memory is that of a process of its own on the CPU, and of the allocator on a GPU. On a GPU both are compiled, in bf16.
+once for each code of a patch, leaves the type of the attention to autocast, and reads the loss at every step. Both variants run alternately in one process; peak
+memory is that of a process of its own on the CPU, and of the allocator on a GPU.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from autoregressive.models.gpt import GPT_SIZES, Transformer, model_args
+from autoregressive.models.gpt import GPT_SIZES, Attention, Transformer, model_args
 from autoregressive.models.rope import rope_table
 from autoregressive.train.compilation import compile_model
 from autoregressive.train.cost import peak_flops, train_flops
@@ -27,8 +27,19 @@ from utils.training_state import Trained
 from utils.training_step import apply_gradients
 
 
+class PlainAttention(Attention):
+    def forward(self, x, rope):
+        out = F.scaled_dot_product_attention(*self._project(x, rope), is_causal=True)
+        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+
 class PlainTransformer(Transformer):
     """The published step's arithmetic on the same weights."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        for layer in self.layers:
+            layer.attention.__class__ = PlainAttention
 
     def forward(self, idx, cond_idx, targets, patch_side=1):
         height, width = self.args.grid
@@ -54,18 +65,17 @@ class Step:
     def __init__(self, plain: bool, options: argparse.Namespace, device: torch.device):
         self.args = model_args(options.gpt_model)
         self.plain, self.world = plain, World(0, 1, 0, device)
-        self.precision = "bf16" if device.type == "cuda" else "none"
+        self.precision = options.mixed_precision
         torch.manual_seed(0)
         with device:
             model = (PlainTransformer if plain else Transformer)(self.args)
             self.codes = torch.randint(self.args.vocab_size, (options.batch_size, self.args.block_size))
             self.labels = torch.randint(self.args.num_classes, (options.batch_size,))
         self.call = model
-        if device.type == "cuda":
-            if plain:
-                self.call = torch.compile(model)
-            else:
-                compile_model(model)
+        if options.compile and plain:
+            self.call = torch.compile(model)
+        elif options.compile:
+            compile_model(model)
         fused = not plain or device.type == "cuda"
         self.trained = Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused))
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -125,6 +135,9 @@ def main() -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--gpt-model", choices=GPT_SIZES, default="GPT-B", help="size of the transformer")
     parser.add_argument("--batch-size", type=int, default=8, help="images a step")
+    parser.add_argument("--mixed-precision", choices=["bf16", "none"], default="bf16", help="of both variants")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="compile both variants")  # fmt: skip
     parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4], help="patch sides")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each variant, after one to warm up")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
@@ -133,7 +146,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak = peak_flops(name)
-    print(f"{options.gpt_model}, batch {options.batch_size}, {name}, torch {torch.__version__}\n")
+    print(
+        f"{options.gpt_model}, batch {options.batch_size}, {name}, torch {torch.__version__}, {options.mixed_precision}, "
+        f"{'compiled' if options.compile else 'eager'}\n"
+    )
     print("| side | plain s/step | ours s/step | ratio | images/s | to side 1 | TFLOP/s | MFU | plain GiB | ours GiB |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     steps = {True: Step(True, options, device), False: Step(False, options, device)}

@@ -51,10 +51,10 @@ def keep_memory_between_steps() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    settings = {  # name in the environment: (mallopt's number in malloc.h, value)
-        "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    settings = {  # name in the environment: (mallopt's number in malloc.h, value; -1 is the largest)
+        "MALLOC_TRIM_THRESHOLD_": (-1, -1),
         "MALLOC_TOP_PAD_": (-2, 64 << 20),
-        "MALLOC_MMAP_THRESHOLD_": (-3, 2**31 - 1),
+        "MALLOC_MMAP_THRESHOLD_": (-3, -1),
         "MALLOC_ARENA_MAX": (-8, 1),  # a thread's own arena maps large blocks whatever the threshold
     }
     for variable, (number, value) in settings.items():

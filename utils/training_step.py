@@ -26,10 +26,12 @@ def apply_gradients(
     """
     optimizer = trained.optimizer
     scaler.unscale_(optimizer)
-    grad_norm = _clip(trained.module, max_norm)
+    grad_norm = _norm(trained.module)
     found_inf = (~grad_norm.isfinite()).float()
-    # A fused optimizer leaves everything as it is where found_inf is 1, without the host knowing.
-    optimizer.grad_scale, optimizer.found_inf = None, found_inf
+    # A fused optimizer divides the gradients by grad_scale as it reads them, and leaves everything as it is where
+    # found_inf is 1, without the host knowing.
+    optimizer.grad_scale = ((grad_norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else None
+    optimizer.found_inf = found_inf
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -38,6 +40,7 @@ def apply_gradients(
     return grad_norm, found_inf
 
 
-def _clip(module: nn.Module, max_norm: float) -> torch.Tensor:
-    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf"), foreach=True)
+def _norm(module: nn.Module) -> torch.Tensor:
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded: sum over ranks

@@ -62,8 +62,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, with_gradients):
     rows, vocab = hidden.shape[0], weight.shape[0]
     chunks = -(-rows * vocab // CHUNK_ELEMENTS.get(hidden.device.type, 2**27))
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_gradients else None
-    d_hidden = []
+    d_hidden, d_weight = [], None
     with torch.autocast(hidden.device.type, enabled=False):
         for h, t in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True):
             log_p = F.log_softmax(h @ weight.T, dim=-1, dtype=torch.float32)  # (rows in the chunk, V)
@@ -73,7 +72,8 @@ def _loss_and_gradients(hidden, weight, targets, dtype, with_gradients):
             # d loss / d logits, times rows: softmax - 1/k at each of the k targets
             d_logits = log_p.exp_().scatter_add_(1, t, log_p.new_full((1, 1), -1 / t.shape[1]).expand_as(t)).to(dtype)
             d_hidden.append(d_logits @ weight)
-            d_weight += d_logits.T @ h
+            part = (d_logits.T @ h).float()
+            d_weight = part if d_weight is None else d_weight.add_(part)
     if not with_gradients:
         return loss, None, None
     return loss, torch.cat(d_hidden), d_weight
