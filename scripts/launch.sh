@@ -4,7 +4,8 @@
 # Variables, with defaults for one machine:
 #   NPROC_PER_NODE  processes a node: all its GPUs, or 1 without any
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   the same command on every node; under Slurm they follow from its own
-#   MAX_RESTARTS    how often torchrun restarts dead workers (default 0; in training by several processes 3)
+#   MAX_RESTARTS    how often torchrun restarts dead workers (default: 3 in training and code extraction, else 0); a
+#                   process alone that is not to be restarted is started without torchrun
 #   PYTHON          the interpreter: .venv/bin/python of this checkout if there is one, else python3
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -29,10 +30,11 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
     [ "$NPROC_PER_NODE" -gt 0 ] || NPROC_PER_NODE=1
 fi
 
-if [ "$NNODES" = 1 ] && [ "$NPROC_PER_NODE" = 1 ] && [ "${MAX_RESTARTS:-0}" = 0 ]; then
+restarts=${MAX_RESTARTS:-${DEFAULT_RESTARTS:-0}}
+if [ "$NNODES" = 1 ] && [ "$NPROC_PER_NODE" = 1 ] && [ "$restarts" = 0 ]; then
     exec "$PYTHON" "$root/scripts/run_module.py" "$@"
 fi
-restarts=${MAX_RESTARTS:-${DEFAULT_RESTARTS:-0}}
+export PYTHON_EXEC=$PYTHON  # torchrun's name for the workers' interpreter
 # Leave each process its share of the cores, unless told otherwise.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC_PER_NODE - 1) / NPROC_PER_NODE))}
 # By default workers share the agents' store, which outlives them (torch 2.15): restarted workers would find the addresses

@@ -6,6 +6,9 @@ python scripts/run_module.py MODULE [ARGUMENTS…]        with the project's fol
 import runpy
 import sys
 
+from utils.program import start_worker
+
 if __name__ == "__main__":
+    start_worker()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

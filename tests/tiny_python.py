@@ -33,6 +33,8 @@ def shrink() -> None:
 
 if __name__ == "__main__":
     shrink()
+    if sys.argv[1] == "-u":  # torchrun passes it
+        del sys.argv[1]
     if sys.argv[1] == "-m" or Path(sys.argv[1]).name == "run_module.py":
         module = sys.argv[2]
         flags = [] if "--dry-run" in sys.argv else json.loads(os.environ.get("TINY_FLAGS", "{}")).get(module, [])

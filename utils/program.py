@@ -3,8 +3,10 @@
 import ctypes
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 USER_ERROR_STATUS = 2
 # The launcher names a file here; the first rank that meets a user error creates it, so that the sentence is printed
@@ -23,8 +25,6 @@ def run(main: Callable[[], None]) -> None:
     130; anything else is a bug and keeps its traceback.
     """
     keep_memory_between_steps()
-    if _reported():  # restarted by torchrun after a mistake that a restart cannot mend
-        _leave(USER_ERROR_STATUS)
     try:
         main()
     except UserError as error:
@@ -39,6 +39,16 @@ def run(main: Callable[[], None]) -> None:
         if _reported():  # another rank has said what is wrong; this failure only follows from it
             _leave(USER_ERROR_STATUS)
         raise
+
+
+def start_worker() -> None:
+    """First of all in a process that torchrun starts: end if a mistake has been reported, or when torchrun is killed."""
+    if _reported():  # restarted after a mistake that a restart cannot mend
+        sys.exit(USER_ERROR_STATUS)
+    if "LOCAL_RANK" in os.environ:
+        with suppress(OSError, AttributeError):  # Linux only
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def keep_memory_between_steps() -> None:

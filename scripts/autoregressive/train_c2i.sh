@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a GPT on image codes; see README.md, or --help. Many processes: torchrun restarts dead workers, and the run goes
+# Trains a GPT on image codes; see README.md, or --help. torchrun restarts workers that die, and the run goes
 # on from its last checkpoint.
 set -euo pipefail
 export DEFAULT_RESTARTS=3

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a VQ tokenizer on a folder of images; see docs/own-data.md, or --help. Many processes: torchrun restarts dead
+# Trains a VQ tokenizer on a folder of images; see docs/own-data.md, or --help. torchrun restarts dead
 # workers, and the run goes on from its last checkpoint.
 set -euo pipefail
 export DEFAULT_RESTARTS=3
