@@ -3,8 +3,9 @@
     python -m benchmarks.training --gpt-model GPT-B --batch-size 8
 
 The plain step averages by unfold, builds the rotary table on the CPU and moves it at every step, repeats the logits
-once for each code of a patch, leaves the type of the attention to autocast, and reads the loss at every step. Both variants run alternately in one process; peak
-memory is that of a process of its own on the CPU, and of the allocator on a GPU.
+once for each code of a patch, leaves the type of the attention to autocast, and reads the loss at every step. Both
+variants run alternately in one process; peak memory is that of a process of its own on the CPU, and of the allocator
+on a GPU.
 """
 
 import argparse
@@ -147,8 +148,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak = peak_flops(name)
     print(
-        f"{options.gpt_model}, batch {options.batch_size}, {name}, torch {torch.__version__}, {options.mixed_precision}, "
-        f"{'compiled' if options.compile else 'eager'}\n"
+        f"{options.gpt_model}, batch {options.batch_size}, {name}, torch {torch.__version__}, "
+        f"{options.mixed_precision}, {'compiled' if options.compile else 'eager'}\n"
     )
     print("| side | plain s/step | ours s/step | ratio | images/s | to side 1 | TFLOP/s | MFU | plain GiB | ours GiB |")
     print("|---|---|---|---|---|---|---|---|---|---|")

@@ -109,13 +109,33 @@ def test_precision_and_recall_equal_their_definition(distances, dtype, block, mo
 
 def test_half_distances_round_every_result():
     real, generated = features(0, 64, 256), features(1, 50, 256)
-    ours = metrics._squared_distances(
-        *(metrics._Operand(torch.from_numpy(x), torch.float16) for x in (real, generated))
-    )
+    u, v = (metrics._Operand.of(torch.from_numpy(x), torch.float16) for x in (real, generated))
+    ours = metrics._squared_distances(u.values @ v.values.T, u, v)
     expected = adm_definitions.squared_distances(real, generated, np.float16)
     assert ours.dtype == torch.float16
     np.testing.assert_allclose(ours.float(), expected.astype(np.float32), atol=2 * np.spacing(np.float16(64)))
     assert (ours.numpy() == expected).mean() > 0.98  # the order of summation may move a rounding
+
+
+@pytest.mark.parametrize("block", [10_000, 70])
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_distances_of_a_set_to_itself_come_once_each_with_their_own_roundings(dtype, block, monkeypatch):
+    monkeypatch.setattr(metrics, "HALF_BLOCK", block)
+    monkeypatch.setattr(metrics, "BLOCK_ROWS", 32)
+    own = features(0, 200, 256)
+    everything = torch.from_numpy(own)
+    ours, times = torch.zeros(200, 200, dtype=torch.float64), torch.zeros(200, 200)
+    for row, column, squared in (metrics.exact_blocks if dtype == np.float64 else metrics.HalfBlocks())(
+        everything, everything
+    ):
+        ours[row, column], times[row, column] = squared.double(), times[row, column] + 1
+    assert (times == 1).all()
+    expected = adm_definitions.squared_distances(own, own, dtype).astype(np.float64)
+    if dtype == np.float64:
+        np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
+    else:
+        for half in (np.triu_indices(200), np.tril_indices(200)):  # above and below the diagonal
+            assert (ours.numpy()[half] == expected[half]).mean() > 0.98
 
 
 @pytest.mark.parametrize("block", [10_000, 50])

@@ -84,7 +84,7 @@ thread.start() if "thread" in sys.argv else count()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_the_allocator_keeps_memory_between_steps():
-    """Page faults of ten steps that allocate 4, 64 and 256 MB, after twenty for the heap to settle, each in a process."""
+    """Page faults of ten steps that allocate 4, 64 and 256 MB, after twenty for the heap to settle."""
 
     def count(*how):
         done = subprocess.run([sys.executable, "-c", FAULTS, *how], capture_output=True, text=True)

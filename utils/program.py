@@ -42,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def start_worker() -> None:
-    """First of all in a process that torchrun starts: end if a mistake has been reported, or when torchrun is killed."""
+    """First of all in torchrun's processes: end now if a mistake has been reported, and later if torchrun is killed."""
     if _reported():  # restarted after a mistake that a restart cannot mend
         sys.exit(USER_ERROR_STATUS)
     if "LOCAL_RANK" in os.environ:

@@ -66,7 +66,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, with_gradients):
     with torch.autocast(hidden.device.type, enabled=False):
         for h, t in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True):
             log_p = F.log_softmax(h @ weight.T, dim=-1, dtype=torch.float32)  # (rows in the chunk, V)
-            loss -= log_p.gather(1, t).mean(1).sum() / rows
+            loss = loss - log_p.gather(1, t).mean(1).sum() / rows  # in place, torch 2.11 compiles to zero gradients
             if not with_gradients:
                 continue
             # d loss / d logits, times rows: softmax - 1/k at each of the k targets

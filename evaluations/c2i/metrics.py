@@ -5,6 +5,7 @@ The definitions are those of OpenAI's evaluator (Dhariwal and Nichol 2021, arXiv
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -155,10 +156,8 @@ Blocks = Callable[[Tensor, Tensor], Iterator[tuple[slice, slice, Tensor]]]  # ro
 
 def exact_blocks(first: Tensor, second: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Squared distances in float64, block by block."""
-    for column in _slices(0, len(second), HALF_BLOCK):
-        right = _Operand(second[column], torch.float64)
-        for row in _slices(0, len(first), BLOCK_ROWS):
-            yield row, column, _squared_distances(_Operand(first[row], torch.float64), right)
+    for rows, columns in _large_blocks(first, second):
+        yield from _blocks(first, rows, second, columns, torch.float64)
 
 
 class HalfBlocks:
@@ -168,22 +167,14 @@ class HalfBlocks:
         self.overflowed = False
 
     def __call__(self, first: Tensor, second: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        for rows in _slices(0, len(first), HALF_BLOCK):
-            for column in _slices(0, len(second), HALF_BLOCK):
-                right, dtype = second[column], torch.float16
-                fits = self._cannot_overflow(first[rows], right) or all(
-                    squared.isfinite().all() for _, squared in self._blocks(first, rows, right, dtype)
-                )
-                if not fits:
-                    self.overflowed, dtype = True, torch.float32
-                for row, squared in self._blocks(first, rows, right, dtype):
-                    yield row, column, squared.float()
-
-    @staticmethod
-    def _blocks(first: Tensor, rows: slice, second: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        right = _Operand(second, dtype)
-        for row in _slices(rows.start, rows.stop, BLOCK_ROWS):
-            yield row, _squared_distances(_Operand(first[row], dtype), right)
+        for rows, columns in _large_blocks(first, second):
+            blocks = partial(_blocks, first, rows, second, columns)
+            fits = self._cannot_overflow(first[rows], second[columns]) or all(
+                squared.isfinite().all() for _, _, squared in blocks(torch.float16)
+            )
+            self.overflowed |= not fits
+            for row, column, squared in blocks(torch.float16 if fits else torch.float32):
+                yield row, column, squared.float()
 
     @staticmethod
     def _cannot_overflow(first: Tensor, second: Tensor) -> bool:
@@ -192,21 +183,54 @@ class HalfBlocks:
         return bool(longest.square() < 0.9 * torch.finfo(torch.float16).max)
 
 
+def _large_blocks(first: Tensor, second: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of 10,000² blocks; among the distances of a set to itself those on and right of the diagonal."""
+    for rows in _slices(0, len(first), HALF_BLOCK):
+        for columns in _slices(rows.start if second is first else 0, len(second), HALF_BLOCK):
+            yield rows, columns
+
+
+def _blocks(
+    first: Tensor, rows: slice, second: Tensor, columns: slice, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """One large block in strips of rows. The products of a set with itself serve both sides of the diagonal."""
+    left, right = _Operand.of(first[rows], dtype), _Operand.of(second[columns], dtype)
+    for row in _slices(rows.start, rows.stop, BLOCK_ROWS):
+        column = slice(row.start, columns.stop) if second is first and columns == rows else columns
+        u, v = left.part(row, rows), right.part(column, columns)
+        products = u.values @ v.values.T
+        yield row, column, _squared_distances(products, u, v)
+        if second is first:
+            below = slice(max(row.stop, column.start), column.stop)  # not the square on the diagonal again
+            mirrored = products[:, below.start - column.start :].T.contiguous()
+            yield below, row, _squared_distances(mirrored, v.part(below, column), u)
+
+
+@dataclass
 class _Operand:
     """Features (N, D) rounded to a type and their squared norms (N,) in it; sums are taken in float32 at least."""
 
-    def __init__(self, features: Tensor, dtype: torch.dtype) -> None:
-        self.values = features.to(dtype)
+    values: Tensor
+    norms: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, dtype: torch.dtype) -> "_Operand":
+        values = features.to(dtype)
         wide = torch.float32 if dtype == torch.float16 else dtype
-        self.norms = self.values.square().sum(1, dtype=wide).to(dtype)
+        norms = values.square().sum(1, dtype=wide).to(dtype)
         if not features.is_cuda:  # CPUs multiply halves slowly; the products of halves are exact in float32
-            self.values = self.values.to(wide)
+            values = values.to(wide)
+        return cls(values, norms)
+
+    def part(self, wanted: slice, held: slice) -> "_Operand":
+        """The features `wanted` of those `held`, as positions in the whole set."""
+        here = slice(wanted.start - held.start, wanted.stop - held.start)
+        return _Operand(self.values[here], self.norms[here])
 
 
-def _squared_distances(first: _Operand, second: _Operand) -> Tensor:
-    """|u|² - 2 u·v + |v|² (N, M), every result rounded to the operands' type."""
-    products = (first.values @ second.values.T).to(first.norms.dtype)
-    return products.mul_(-2).add_(first.norms[:, None]).add_(second.norms).clamp_(min=0)
+def _squared_distances(products: Tensor, first: _Operand, second: _Operand) -> Tensor:
+    """|u|² - 2 u·v + |v|² (N, M) from the products u·v, every result rounded to the operands' type."""
+    return products.to(first.norms.dtype).mul(-2).add_(first.norms[:, None]).add_(second.norms).clamp_(min=0)
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
