@@ -330,7 +330,7 @@ def test_out_of_memory_is_told_in_a_sentence(network, sets, monkeypatch, capsys,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     if network == "inception":
-        monkeypatch.setattr(InceptionNetwork, "forward", fail)
+        monkeypatch.setattr(InceptionNetwork, "convolve", fail)
         flags = ("--graph", small_graph(tmp_path))
     else:
         monkeypatch.setattr(ExportedFeatures, "dimensions", lambda self, height, width: (6, 6))

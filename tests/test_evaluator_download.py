@@ -10,6 +10,7 @@ import pytest
 from evaluations.c2i import features
 from evaluations.c2i.download import cache_folder, cached_graph
 from tests.inception_graph import InceptionGraph
+from utils.files import lock_folder
 from utils.program import UserError
 
 CONTENT = InceptionGraph(32, repeated=True).content()
@@ -53,6 +54,15 @@ def server() -> Iterator[Server]:
 
 def accept(path: Path) -> None:
     features.InceptionNetwork(path)
+
+
+def test_two_programs_do_not_download_at_once(server, tmp_path):
+    held = lock_folder(tmp_path, "")  # by another program, as good as
+    with pytest.raises(UserError, match="another program is downloading"):
+        cached_graph(accept, server.url, tmp_path)
+    assert server.ranges == []
+    held.close()
+    assert cached_graph(accept, server.url, tmp_path).read_bytes() == CONTENT
 
 
 def test_downloaded_once(server, tmp_path):

@@ -70,8 +70,9 @@ def test_compiled_and_frozen_layers_give_the_same_values(small_graph):
     stem = FrozenGraph(read_graph(small_graph), "ExpandDims", ("pool",)).eval()
     images = torch.from_numpy(synthetic_images(0, 2)).float()
     with torch.no_grad():
-        compiled = features.compile_frozen(stem, images)
-        torch.testing.assert_close(compiled(images)[0], stem(images)[0], atol=1e-5, rtol=0)
+        prepared = stem.prepare(images)
+        compiled = features.compile_frozen(stem.convolve, prepared)
+        torch.testing.assert_close(compiled(prepared)[0], stem(images)[0], atol=1e-5, rtol=0)
 
 
 def test_without_a_compiler_features_are_computed_all_the_same(small_graph, monkeypatch, capsys):
@@ -90,8 +91,8 @@ def test_without_a_compiler_features_are_computed_all_the_same(small_graph, monk
 def test_compiled_networks_see_batches_of_one_size(small_graph, monkeypatch):
     sizes = []
 
-    def record(network, _):
-        return lambda images: sizes.append(len(images)) or network(images)
+    def record(convolve, _):
+        return lambda prepared: sizes.extend(map(len, prepared.values())) or convolve(prepared)
 
     monkeypatch.setattr(features, "compile_frozen", record)
     network = InceptionFeatures(small_graph, CPU, compiled=True)
@@ -100,6 +101,17 @@ def test_compiled_networks_see_batches_of_one_size(small_graph, monkeypatch):
     assert sizes == [3, 3]
     expected = InceptionFeatures(small_graph, CPU)(images).pool
     torch.testing.assert_close(torch.cat([first.pool, rest.pool]), expected, atol=1e-5, rtol=0)
+
+
+def test_preparing_takes_bytes_and_floats_alike_and_few_images_at_a_time(small_graph):
+    graph = InceptionNetwork(small_graph).graph
+    images = torch.from_numpy(synthetic_images(0, 5))
+    together = graph.prepare(images)
+    assert [tuple(value.shape) for value in together.values()] == [(5, 3, 299, 299)]
+    for one, value in enumerate(graph.prepare(images.float())["Mul"]):
+        assert torch.equal(value, together["Mul"][one])
+        assert torch.equal(value, graph.prepare(images[one : one + 1])["Mul"][0])
+    assert together["Mul"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_resize_is_that_of_tensorflow_1():

@@ -13,10 +13,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from utils.distributed import World
-
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -65,18 +64,19 @@ def capture_state(parts: Iterable[Trained], world: World) -> dict:
     state = {}
     for part in parts:
         model_name, optimizer_name, ema_name = part.names
-        state[model_name] = _copied(get_model_state_dict(part.module, options=FULL))
-        state[optimizer_name] = _copied(get_optimizer_state_dict(part.module, part.optimizer, options=FULL))
+        options = _full(part.module)
+        state[model_name] = _copied(get_model_state_dict(part.module, options=options), world)
+        state[optimizer_name] = _copied(get_optimizer_state_dict(part.module, part.optimizer, options=options), world)
         if part.ema is not None:
-            state[ema_name] = full_model_state(part)
+            state[ema_name] = full_model_state(part, world)
     return state if world.is_main else {}
 
 
-def full_model_state(part: Trained) -> dict[str, torch.Tensor]:
+def full_model_state(part: Trained, world: World) -> dict[str, torch.Tensor]:
     """A copy on the CPU of the averaged weights, or of the raw ones where no average is kept; as `capture_state`."""
     if part.ema is not None:
         part.ema.swap()
-    state = _copied(get_model_state_dict(part.module, options=FULL))
+    state = _copied(get_model_state_dict(part.module, options=_full(part.module)), world)
     if part.ema is not None:
         part.ema.swap()
     return state
@@ -103,15 +103,24 @@ def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
                 moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _copied(value):
-    """`value` with its tensors copied on the CPU: training goes on while the copy is written.
+def _full(module: nn.Module) -> StateDictOptions:
+    """Sharded weights are gathered on the CPU; others stay where they are until `_copied` takes them there, once."""
+    return StateDictOptions(full_state_dict=True, cpu_offload=isinstance(module, FSDPModule))
+
+
+def _copied(state: dict, world: World) -> dict:
+    """On the main rank `state` with its tensors copied on the CPU: training goes on while the copy is written.
 
     Contiguous, because restoring broadcasts bytes: a channels-last tensor would arrive permuted on the other ranks.
     """
+    return _on_cpu(state) if world.is_main else {}
+
+
+def _on_cpu(value):
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _on_cpu(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_on_cpu(item) for item in value)
     return value

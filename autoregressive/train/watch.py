@@ -133,7 +133,7 @@ class Watch:
     @torch.no_grad()
     def _sample_grid(self, steps_done: int) -> None:
         """`samples/{step}.png`: a row a class, from the averaged weights where they are kept."""
-        state = full_model_state(self.trained)
+        state = full_model_state(self.trained, self.world)
         if self.world.is_main:
             model = Transformer(self.model_args).to(self.world.device).eval()
             model.load_state_dict(state)

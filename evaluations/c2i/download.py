@@ -5,9 +5,10 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
-from utils.files import sync_folder
+from utils.files import lock_folder, sync_folder
 from utils.program import UserError
 from utils.progress import progress
 
@@ -27,15 +28,17 @@ def cached_graph(check: Callable[[Path], None], url: str = GRAPH_URL, folder: Pa
     path = folder / "classify_image_graph_def.pb"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        _download(url, partial)
-        try:
-            check(partial)
-        except UserError as error:
-            partial.unlink()
-            raise UserError(f"what {url} sent is not the expected graph: {error}") from None
-        os.replace(partial, path)
-        sync_folder(folder)
+        busy = f"another program is downloading the Inception graph to {folder}; run this again when it has ended."
+        with lock_folder(folder, busy) or nullcontext():
+            partial = path.with_suffix(".part")
+            _download(url, partial)
+            try:
+                check(partial)
+            except UserError as error:
+                partial.unlink()
+                raise UserError(f"what {url} sent is not the expected graph: {error}") from None
+            os.replace(partial, path)
+            sync_folder(folder)
     return path
 
 

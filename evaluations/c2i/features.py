@@ -75,7 +75,11 @@ class InceptionNetwork(nn.Module):
         self.register_buffer("classifier", classifier)  # (D, C), used without the bias, as in ADM
 
     def forward(self, images: Tensor) -> Features:
-        pool, spatial = self.graph(images.float())
+        return self.convolve(self.graph.prepare(images))
+
+    def convolve(self, prepared: dict[str, Tensor]) -> Features:
+        """Features from what comes before the first convolution."""
+        pool, spatial = self.graph.convolve(prepared)
         pool = pool.flatten(1).float()
         spatial = spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()  # NHWC order, as in TensorFlow
         return Features(pool, spatial, pool @ self.classifier)
@@ -91,7 +95,7 @@ class InceptionFeatures:
             network.graph.bfloat16()  # pixels are normalised in float32, each convolution casts its input
         forbid_tf32()
         torch.backends.cudnn.benchmark = True
-        self.network = self.run = network
+        self.network, self.convolve = network, network.convolve
         self.dimensions = lambda height, width: network.dimensions
         self.batch_size = 0
 
@@ -105,16 +109,17 @@ class InceptionFeatures:
         return Features(*(value[:count] for value in self._run(images)))
 
     def _run(self, images: Tensor) -> Features:
-        if self.compiled and self.run is self.network:
+        prepared = self.network.graph.prepare(images)  # compiled code is slower at resizing
+        if self.compiled and self.convolve == self.network.convolve:
             try:
-                self.run = compile_frozen(self.network, images)
+                self.convolve = compile_frozen(self.network.convolve, prepared)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # the machine lacks what compiling needs
                 reason = (str(error).splitlines() or [""])[0]
                 print(f"note: torch.compile does not work here ({reason}); going on without.", file=sys.stderr)
                 self.compiled = False
-        return self.run(images)
+        return self.convolve(prepared)
 
     def describe(self) -> dict[str, Any]:
         dtype = "bfloat16" if self.precision == "bf16" else "float32"
@@ -194,11 +199,14 @@ def forbid_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def compile_frozen(network: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
-    """`network` compiled for batches like `images`, its weights frozen into the code. `RuntimeError` if it fails."""
+def compile_frozen(function: Callable[[Any], Any], example: Any) -> Callable[[Any], Any]:
+    """`function` compiled for arguments of the shape of `example`, its weights frozen into the code.
+
+    `RuntimeError` if that fails.
+    """
     with torch._inductor.config.patch(freezing=True):
-        compiled = torch.compile(network, dynamic=False)
-        compiled(images)
+        compiled = torch.compile(function, dynamic=False)
+        compiled(example)
     return compiled
 
 

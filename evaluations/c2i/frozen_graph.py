@@ -24,8 +24,9 @@ MAX_ACTIVATIONS = 1 << 27  # numbers in all layers' outputs for one image; Incep
 class FrozenGraph(nn.Module):
     """The part of a graph between one fed node and the wanted ones.
 
-    Called with float images (N, H, W, C) in place of node `feed`; returns the values of the nodes `outputs`, a tuple of
-    (N, C, H, W) tensors. Raises `UserError` when the graph lacks a node or has one that cannot be run faithfully.
+    Called with images (N, H, W, C), float or uint8, in place of node `feed`; returns the values of the nodes `outputs`,
+    a tuple of (N, C, H, W) tensors. Raises `UserError` when the graph lacks a node or has one that cannot be run
+    faithfully.
     """
 
     def __init__(self, nodes: dict[str, Node], feed: str, outputs: tuple[str, ...]) -> None:
@@ -35,15 +36,32 @@ class FrozenGraph(nn.Module):
         self.layers = nn.ModuleList(layer for _, layer, _ in builder.steps)
         self.steps = [(name, arguments) for name, _, arguments in builder.steps]  # values are named after their nodes
         self.last_use = {value: index for index, (_, arguments) in enumerate(self.steps) for value in arguments}
+        convolutions = (index for index, layer in enumerate(self.layers) if isinstance(layer, Convolution))
+        self.start = next(convolutions, len(self.steps))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        values = {self.feed: images.permute(0, 3, 1, 2)}
-        for index, ((name, arguments), layer) in enumerate(zip(self.steps, self.layers, strict=True)):
-            values[name] = layer(*(values[argument] for argument in arguments))
+        return self.convolve(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> dict[str, Tensor]:
+        """Everything before the first convolution: values by name. On the CPU by two images, which caches hold."""
+        parts = images.permute(0, 3, 1, 2).split(2 if images.device.type == "cpu" else max(1, len(images)))
+        prepared = [self._run({self.feed: part}, range(self.start)) for part in parts]
+        return {name: torch.cat([values[name] for values in prepared]) for name in prepared[0]}
+
+    def convolve(self, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Everything from the first convolution on."""
+        values = self._run(dict(values), range(self.start, len(self.steps)))
+        return tuple(values[name] for name in self.outputs)
+
+    def _run(self, values: dict[str, Tensor], indices: range) -> dict[str, Tensor]:
+        """Add the values of the steps `indices`, forget those that no later step needs."""
+        for index in indices:
+            name, arguments = self.steps[index]
+            values[name] = self.layers[index](*(values[argument] for argument in arguments))
             for argument in set(arguments):
                 if self.last_use[argument] == index and argument not in self.outputs:
                     del values[argument]
-        return tuple(values[name] for name in self.outputs)
+        return values
 
     def output_shapes(self, height: int, width: int, channels: int = 3) -> tuple[tuple[int, ...], ...]:
         """Shapes (C, H, W) of the outputs for one image, without computing them. `UserError` if a node does not fit."""
@@ -83,15 +101,15 @@ class ResizeBilinear(nn.Module):
     def _interpolate_rows(x: Tensor, size: int) -> Tensor:
         if x.shape[1] == size:
             return x
-        x = x.contiguous()
         scale = float(np.float32(x.shape[1]) / np.float32(size))
         position = torch.arange(size, dtype=torch.float32, device=x.device) * scale
         low = position.floor()
         weight = (position - low).view(-1, 1, 1)
         low = low.long()
         high = (low + 1).clamp(max=x.shape[1] - 1)
-        first = x.index_select(1, low)
-        return first + (x.index_select(1, high) - first) * weight
+        x = x.contiguous()
+        first = x.index_select(1, low).float()
+        return x.index_select(1, high).float().sub_(first).mul_(weight).add_(first)
 
 
 class Convolution(nn.Module):
@@ -132,7 +150,7 @@ class Affine(nn.Module):
         self.shift, self.scale = shift, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.shift) * self.scale
+        return (x + self.shift).mul_(self.scale)
 
 
 class Concat(nn.Module):
