@@ -114,6 +114,16 @@ def test_preparing_takes_bytes_and_floats_alike_and_few_images_at_a_time(small_g
     assert together["Mul"].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_graphs_that_do_not_begin_with_a_resize_take_bytes_too(tmp_path):
+    halved = integers([1, 2, 2, 1])
+    (tmp_path / "graph.pb").write_bytes(
+        node("AvgPool", "pool", ["ExpandDims"], ksize=halved, strides=halved, padding=text(2, "VALID"))
+    )
+    graph = FrozenGraph(read_graph(tmp_path / "graph.pb"), "ExpandDims", ("pool",))
+    images = torch.arange(48, dtype=torch.uint8).view(1, 4, 4, 3)
+    torch.testing.assert_close(graph(images)[0], graph(images.float())[0])
+
+
 def test_resize_is_that_of_tensorflow_1():
     x = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 2, 4)
     out = frozen_graph.ResizeBilinear(3, 6)(x)

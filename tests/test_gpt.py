@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from autoregressive.models import patch
-from autoregressive.models.gpt import DropPath, GPT_models, ModelArgs, Transformer
+from autoregressive.models.gpt import DropPath, GPT_models, ModelArgs, Transformer, causal_attention
 from autoregressive.models.patch import check_patch_side, patch_codes, patch_loss
 from autoregressive.train.compilation import compile_model
 from tests.golden_gpt import GOLDEN, golden_args, golden_figures, golden_model
@@ -160,6 +160,16 @@ def test_compiled_equals_eager(side, backend):
     torch.testing.assert_close(loss, expected)
     for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_attention_has_the_precision_of_its_inputs(dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 8, 16, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), 0.0)
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() < 10 * torch.finfo(dtype).eps
 
 
 def test_label_dropout_uses_the_null_class():

@@ -103,6 +103,15 @@ def test_workers_do_not_outlive_a_killed_launcher(codes, tmp_path):
     assert "Traceback" not in (tmp_path / "log2").read_text()
 
 
+def test_ignored_signals_stay_ignored(codes, tmp_path):
+    """nohup protects a run: a hang-up of the launcher stops nothing."""
+    process = start(command(codes, tmp_path, small=SMALL), tmp_path / "log", inside=["nohup"])
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    os.kill(process.pid, signal.SIGHUP)
+    assert ended(process) == 0
+    assert rows(tmp_path)[-1]["step"] == 120
+
+
 @pytest.fixture
 def two_nodes():
     """(commands that enter each node, address of the first): two network namespaces with their own addresses where

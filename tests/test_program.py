@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.processes import fork, wait
 from utils.files import atomic_file, sha256, write_json
-from utils.program import ERROR_MARKER, UserError, run
+from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError, run, start_worker
 
 
 def outcome(error, tmp_path) -> tuple[int, str]:
@@ -29,6 +30,7 @@ def outcome(error, tmp_path) -> tuple[int, str]:
             OSError(errno.ENOSPC, "No space", "f"),
             "error: the disk is full (f); free some space and run the same command",
         ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "error: the GPU's memory is not enough; use smaller batches"),
         (PermissionError(errno.EACCES, "no", "f"), "error: no permission to write or read (f); choose another path"),
     ],
 )
@@ -54,6 +56,14 @@ def test_only_the_first_rank_reports_and_restarts_do_not_repeat(tmp_path, monkey
     assert outcome(UserError("wrong."), tmp_path) == (2, "error: wrong.\n")
     assert outcome(UserError("wrong."), tmp_path) == (2, "error: wrong.\n")  # nothing was added to the log
     assert outcome(RuntimeError("connection closed by the rank that left"), tmp_path) == (2, "error: wrong.\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_a_worker_whose_launcher_is_gone_before_it_starts_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for launcher, status in ((os.getpid(), 0), (os.getppid(), 1)):
+        monkeypatch.setenv(LAUNCHER_PID, str(launcher))
+        assert wait(fork(start_worker, tmp_path / "log")) == status
 
 
 FAULTS = """

@@ -17,18 +17,19 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from utils.program import ERROR_MARKER, USER_ERROR_STATUS
+from utils.program import ERROR_MARKER, LAUNCHER_PID, USER_ERROR_STATUS
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="npp-launch-") as folder:
         marker = os.environ[ERROR_MARKER] = os.path.join(folder, "user-error")
+        os.environ[LAUNCHER_PID] = str(os.getpid())
         quiet = lambda record: not os.path.exists(marker)  # noqa: E731
         for name in ("multiprocessing.api", "agent.server.api", "agent.server.local_elastic_agent"):
             logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(quiet)
         signal.signal(signal.SIGUSR1, _forward_to_workers)
         try:
-            torchrun(meeting_address(sys.argv[1:]))
+            torchrun([handled_signals(), *meeting_address(sys.argv[1:])])
         except SignalException as stop:  # the workers have had their time to save
             sys.exit(128 + stop.sigval)
         except ChildFailedError as error:
@@ -38,6 +39,12 @@ def main() -> None:
             print(f"error: rank {rank} (process {failure.pid}) ended with status {failure.exitcode}; "
                   "its own message is above.", file=sys.stderr)  # fmt: skip
             sys.exit(1)
+
+
+def handled_signals() -> str:
+    """torchrun's argument: the signals that stop it, without those that are ignored (nohup, jobs in the background)."""
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    return "--signals-to-handle=" + ",".join(stop.name for stop in stops if signal.getsignal(stop) != signal.SIG_IGN)
 
 
 def meeting_address(arguments: list[str]) -> list[str]:

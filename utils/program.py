@@ -12,6 +12,7 @@ USER_ERROR_STATUS = 2
 # The launcher names a file here; the first rank that meets a user error creates it, so that the sentence is printed
 # once, the other ranks (whose collectives then fail) stay silent, and elastic restarts do not repeat the mistake.
 ERROR_MARKER = "NPP_USER_ERROR_FILE"
+LAUNCHER_PID = "NPP_LAUNCHER_PID"
 
 
 class UserError(Exception):
@@ -21,8 +22,8 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main`: the last line of every entry point.
 
-    A `UserError`, a full disk and a refused permission print one sentence and exit with status 2; Ctrl-C exits with
-    130; anything else is a bug and keeps its traceback.
+    A `UserError`, a full disk, a full GPU and a refused permission print one sentence and exit with status 2; Ctrl-C
+    exits with 130; anything else is a bug and keeps its traceback.
     """
     keep_memory_between_steps()
     try:
@@ -45,10 +46,12 @@ def start_worker() -> None:
     """First of all in torchrun's processes: end now if a mistake has been reported, and later if torchrun is killed."""
     if _reported():  # restarted after a mistake that a restart cannot mend
         sys.exit(USER_ERROR_STATUS)
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ and LAUNCHER_PID in os.environ:
         with suppress(OSError, AttributeError):  # Linux only
             PR_SET_PDEATHSIG = 1
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != int(os.environ[LAUNCHER_PID]):  # it was killed before
+                sys.exit(1)
 
 
 def keep_memory_between_steps() -> None:
@@ -73,6 +76,9 @@ def keep_memory_between_steps() -> None:
 
 
 def _system_sentence(error: Exception) -> str | None:
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every program imports
+        return ("the GPU's memory is not enough; use smaller batches (in training more --gradient-accumulation-steps "
+                "leave the result as it is), or free what other programs hold.")  # fmt: skip
     if not isinstance(error, OSError):
         return None
     where = f" ({error.filename})" if error.filename else ""

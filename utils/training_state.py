@@ -104,7 +104,7 @@ def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _full(module: nn.Module) -> StateDictOptions:
-    """Sharded weights are gathered on the CPU; others stay where they are until `_copied` takes them there, once."""
+    """Sharded weights are gathered on the CPU (and copied once more there); others are taken there by `_copied`."""
     return StateDictOptions(full_state_dict=True, cpu_offload=isinstance(module, FSDPModule))
 
 

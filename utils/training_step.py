@@ -32,6 +32,9 @@ def apply_gradients(
     # found_inf is 1, without the host knowing.
     optimizer.grad_scale = ((grad_norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else None
     optimizer.found_inf = found_inf
+    if scaler.is_enabled():  # it goes by its own flag, which single elements raise, but not an overflow of their norm
+        for flag in scaler._found_inf_per_device(optimizer).values():
+            flag.copy_(found_inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

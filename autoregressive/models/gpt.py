@@ -149,9 +149,9 @@ class Attention(nn.Module):
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Queries `(B, n_head, T, head_dim)` over keys and values `(B, n_kv_head, T, head_dim)` up to their position."""
     grouped = q.shape[1] != k.shape[1]
-    if q.device.type != "cpu" or q.dtype == torch.float32:
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=grouped)
-    with torch.autocast("cpu", enabled=False):  # its backward pass in 16 bits takes 2 to 12 times as long as in 32
+    with torch.autocast("cpu", enabled=False):  # its backward pass in 16 bits takes 2.5 to 12 times as long as in 32
         return causal_attention(q.float(), k.float(), v.float(), dropout_p).to(q.dtype)
 
 

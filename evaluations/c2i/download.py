@@ -30,6 +30,8 @@ def cached_graph(check: Callable[[Path], None], url: str = GRAPH_URL, folder: Pa
         folder.mkdir(parents=True, exist_ok=True)
         busy = f"another program is downloading the Inception graph to {folder}; run this again when it has ended."
         with lock_folder(folder, busy) or nullcontext():
+            if path.exists():  # by now
+                return path
             partial = path.with_suffix(".part")
             _download(url, partial)
             try:

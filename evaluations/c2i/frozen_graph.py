@@ -44,6 +44,8 @@ class FrozenGraph(nn.Module):
 
     def prepare(self, images: Tensor) -> dict[str, Tensor]:
         """Everything before the first convolution: values by name. On the CPU by two images, which caches hold."""
+        if not isinstance(next(iter(self.layers), None), ResizeBilinear):  # which takes bytes as they are
+            images = images.float()
         parts = images.permute(0, 3, 1, 2).split(2 if images.device.type == "cpu" else max(1, len(images)))
         prepared = [self._run({self.feed: part}, range(self.start)) for part in parts]
         return {name: torch.cat([values[name] for values in prepared]) for name in prepared[0]}
