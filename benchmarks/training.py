@@ -9,6 +9,7 @@ on a GPU.
 """
 
 import argparse
+import gc
 import multiprocessing
 import statistics
 import time
@@ -49,8 +50,7 @@ class PlainTransformer(Transformer):
         patches = F.unfold(embeddings.mT.reshape(batch, dim, height, width), patch_side, stride=patch_side)
         patches = patches.view(batch, dim, patch_side**2, -1).mean(2).mT
         x = self.tok_dropout(torch.cat([self.cls_embedding(cond_idx).unsqueeze(1), patches[:, :-1]], 1))
-        with torch.device("cpu"):
-            rope = rope_table(height // patch_side, width // patch_side, self.args.head_dim)
+        rope = rope_table(height // patch_side, width // patch_side, self.args.head_dim)  # on the CPU
         rope = rope.to(x.device)[: x.shape[1]]
         for layer in self.layers:
             x = layer(x, rope)
@@ -106,6 +106,7 @@ def seconds(step: Step, side: int) -> float:
 def peak_memory(plain: bool, side: int, options: argparse.Namespace) -> float:
     """GiB at the peak of two steps; on the CPU in a new process, beyond what it holds before."""
     if torch.cuda.is_available():
+        gc.collect()  # compiled models are held in cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step = Step(plain, options, torch.device("cuda"))

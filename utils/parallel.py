@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -21,6 +22,8 @@ def distribute(model: nn.Module, world: World, mode: str, precision: str) -> nn.
     if world.size == 1:
         return model
     if mode == "ddp":
+        # Models are compiled piece by piece, and gradients leave with each; DDP would cut the pieces smaller.
+        torch._dynamo.config.optimize_ddp = False
         device_ids = [world.device] if world.device.type == "cuda" else None
         return DistributedDataParallel(
             model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -40,6 +43,15 @@ def autocast(module: nn.Module, world: World, precision: str) -> AbstractContext
     if precision == "none" or isinstance(module, FSDPModule):
         return nullcontext()
     return torch.autocast(world.device.type, PRECISIONS[precision])
+
+
+def forbid_tf32() -> None:
+    """Multiply float32 numbers as such on GPUs, and add up the products of halves in float32.
+
+    (The newer `fp32_precision` makes torch.export fail afterwards.)
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def sync_gradients(module: nn.Module, sync: bool) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from autoregressive.models.generate import CodeGenerator, Sampling
+from autoregressive.models.generate import CodeGenerator, Sampling, compile_repeatably
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.load import GPTInfo, build_gpt
 from autoregressive.models.packed_linear import pack_linears
@@ -14,6 +14,7 @@ from autoregressive.sample.options import DTYPES
 from pretrained_models.catalogue import find_weights
 from tokenizer.tokenizer_image.load import TokenizerInfo, build_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel, to_uint8
+from utils.parallel import forbid_tf32
 from utils.program import UserError
 
 # The decoder's activations are large. On the CPU one image is as fast as many, and then rounds the same in any batch.
@@ -32,6 +33,7 @@ class Pipeline:
         side = args.image_size // args.downsample_size
         self.grid, self.device, self.compile = (side, side), device, args.compile
         self.dtype = DTYPES[args.precision]
+        forbid_tf32()
         self.image_size_eval = image_size_eval or args.image_size
         vq_path, gpt_path = find_weights(args.vq_ckpt), find_weights(args.gpt_ckpt)
         self.tokenizer, self.tokenizer_info = build_tokenizer(
@@ -78,7 +80,7 @@ class Pipeline:
         def decode_images(codes):
             return tokenizer.decode(tokenizer.quantize.lookup(codes).to(dtype))
 
-        return torch.compile(decode_images, fullgraph=True, dynamic=False) if self.compile else decode_images
+        return compile_repeatably(decode_images) if self.compile else decode_images
 
     def _check_tokenizer_is_the_trained_one(self) -> None:
         trained, used = self.gpt_info.tokenizer, self.tokenizer_info

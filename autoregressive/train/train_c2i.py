@@ -65,6 +65,7 @@ def train(args, plan: Plan, gpt_args: ModelArgs, trained: Trained, training: Tra
     )  # fmt: skip
     watch = Watch(args, plan, gpt_args, trained, training, world)
     trained.module.train()
+    training.metrics.restart_clock()
     for step, (codes, labels) in zip(range(start, plan.total_steps), training.metrics.timed(loader), strict=False):
         side = plan.level_at(step).side
         seed_step(args.global_seed, step, world.rank)

@@ -115,7 +115,7 @@ class Watch:
     def _validation_loss(self, side: int) -> float:
         """Mean loss of the held-out images' centre crops at `side`, every image once over all ranks."""
         module, total = self.trained.module.eval(), torch.zeros(2, device=self.world.device)
-        images = self.args.global_batch_size // self.world.size
+        images = self.args.global_batch_size // self.world.size // self.args.gradient_accumulation_steps
         # Ranks may hold one batch more or less than others; wrapped modules must run equally often on all of them.
         batches = -(-len(self.validation) // (images * self.world.size))
         iterator = self.validation.sequential_batches(images, self.world.rank, self.world.size, self.world.device)
@@ -141,8 +141,8 @@ class Watch:
             classes = torch.arange(GRID_CLASSES, device=self.world.device) * self.args.num_classes // GRID_CLASSES
             labels = classes.repeat_interleave(GRID_IMAGES // GRID_CLASSES)
             codes = generate(model, labels, self.model_args.block_size, self.args.sample_cfg_scale)
-            shape = (len(labels), self.args.codebook_embed_dim, *self.model_args.grid)
-            images = self.tokenizer.decode_code(codes, shape)
+            shape = (self.args.codebook_embed_dim, *self.model_args.grid)
+            images = torch.cat([self.tokenizer.decode_code(c, (len(c), *shape)) for c in codes.split(8)])
             with atomic_file(self.training.folder.path / "samples" / f"{steps_done:07d}.png") as file:
                 save_image(images, file, "png", nrow=GRID_IMAGES // GRID_CLASSES, normalize=True, value_range=(-1, 1))
         self.world.barrier()

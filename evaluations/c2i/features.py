@@ -24,6 +24,7 @@ from evaluations.c2i.frozen_graph import FrozenGraph
 from evaluations.c2i.graph_def import read_graph
 from evaluations.c2i.tensorflow_backend import receive, send
 from utils.files import sha256
+from utils.parallel import forbid_tf32
 from utils.program import UserError
 
 IMAGE_NODE, POOL_NODE, SPATIAL_NODE, LOGITS_NODE = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
@@ -191,12 +192,6 @@ class TensorFlowFeatures:
         status = self.process.wait()
         raise UserError(f"the TensorFlow process ended with status {status} (its message is above); install it with "
                         "pip install -r evaluations/c2i/requirements.txt, or use --backend torch.")  # fmt: skip
-
-
-def forbid_tf32() -> None:
-    """Multiply float32 numbers as such on GPUs. (The newer `fp32_precision` makes torch.export fail afterwards.)"""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def compile_frozen(function: Callable[[Any], Any], example: Any) -> Callable[[Any], Any]:

@@ -40,7 +40,8 @@ def measure(
     recognised = done = 0
     with progress(description=f"features of {images.path.name}", total=images.count, unit=" images") as bar:
         for batch in prefetched(images.batches(batch_size)):
-            features = _features(network, torch.from_numpy(batch))
+            batch = torch.from_numpy(batch)
+            features = _features(network, batch.pin_memory() if network.device.type == "cuda" else batch)
             now = slice(done, done + len(batch))
             pool[now] = features.pool
             for gaussian, given, values in zip(gaussians, known, features[:2], strict=True):

@@ -48,6 +48,14 @@ def code_usage(counts: torch.Tensor) -> tuple[float, float]:
     return (counts > 0).double().mean().item(), entropy.exp().item()
 
 
+def code_counts(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
+    """How often each code occurs in `codes` (any shape): (codebook_size,) int64. Waits for no GPU, as bincount does."""
+    codes = codes.flatten()
+    return torch.zeros(codebook_size, dtype=torch.int64, device=codes.device).scatter_add_(
+        0, codes, torch.ones_like(codes, dtype=torch.int64)
+    )
+
+
 class ReconstructionScores:
     """Sums over the images of this rank; `result` is the mean over all ranks' images."""
 
@@ -66,7 +74,7 @@ class ReconstructionScores:
             pair = (2 * pixels.float() / 255 - 1 for pixels in (reconstructions, images))
             self.sums["lpips"] += self.lpips(*pair).double().sum()
         self.images += len(images)
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        self.counts += code_counts(codes, len(self.counts))
 
     def result(self, world: World) -> dict[str, float]:
         """psnr (dB), ssim, lpips if given, code_usage, perplexity; a collective: every rank must call it."""

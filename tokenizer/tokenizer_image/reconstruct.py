@@ -26,7 +26,7 @@ from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, to_uint8
 from utils.checkpoint import WEIGHTS_CHOICES
 from utils.distributed import World, init_world
 from utils.files import atomic_file
-from utils.parallel import PRECISIONS
+from utils.parallel import PRECISIONS, forbid_tf32
 from utils.program import UserError, run
 from utils.progress import progress
 
@@ -78,6 +78,7 @@ def reconstructed_batches(
     model.to(memory_format=torch.channels_last)
     batches = center_crop_batches(folder, args.image_size, args.per_proc_batch_size, args.num_workers, world)
     precision = PRECISIONS[args.precision]
+    forbid_tf32()
     with progress(description="reconstruct", total=len(folder), unit="image", show=world.is_main) as bar:
         for first, pixels in batches:
             images = to_model_range(pixels.to(world.device, non_blocking=True))

@@ -12,7 +12,7 @@ from dataset.code_dataset import BatchOrder
 from dataset.crops import to_model_range
 from dataset.image_batches import RandomViews, random_view_batches
 from dataset.image_folder import ImageFolder, list_image_folder
-from tokenizer.tokenizer_image.metrics import code_usage
+from tokenizer.tokenizer_image.metrics import code_counts, code_usage
 from tokenizer.tokenizer_image.vq_arguments import parse_args
 from tokenizer.tokenizer_image.vq_loss import DISCRIMINATOR_LOSSES, VQLoss
 from tokenizer.tokenizer_image.vq_setup import (
@@ -116,7 +116,7 @@ def train_step(
         scaler.scale(total / len(micro_batches)).backward()
         reconstructions.append(reconstruction.detach())
         terms = {name: term.detach() / len(micro_batches) for name, term in terms.items()}
-        terms["codes"] = torch.bincount(codes, minlength=args.codebook_size)
+        terms["codes"] = code_counts(codes, args.codebook_size)
         totals = {name: totals.get(name, 0) + term for name, term in terms.items()}
     totals["grad_norm"], found_inf = apply_gradients(tokenizer, scaler, args.max_grad_norm)
     if discriminator is not None:

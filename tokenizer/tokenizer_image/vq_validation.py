@@ -51,7 +51,7 @@ class Validation:
     def _scores(self, steps_done: int) -> dict[str, float]:
         model, world = self.model.eval(), self.world
         scores = ReconstructionScores(self.args.codebook_size, world.device)
-        batch_size = max(1, self.args.global_batch_size // world.size)
+        batch_size = max(1, self.args.global_batch_size // world.size // self.args.gradient_accumulation_steps)
         batches = center_crop_batches(self.folder, self.args.image_size, batch_size, self.args.num_workers, world)
         for first, pixels in batches:
             pixels = pixels.to(world.device)
