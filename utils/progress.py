@@ -1,9 +1,15 @@
 """Progress bars with rate and time left: on the main rank only, and sparse when the output is a log file."""
 
 import sys
+import threading
 from collections.abc import Iterable
 
 from tqdm import tqdm
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all the others. Its
+# monitor thread takes the lock, too; nothing needs it where bars are redrawn by time alone (miniters=1).
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def progress(
@@ -29,5 +35,6 @@ def progress(
         disable=not show,
         dynamic_ncols=True,
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if own_time_left else None,
+        miniters=1,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     )
