@@ -31,6 +31,18 @@ def test_keeps_the_newest_and_the_milestones_everywhere(tmp_path):
     assert read_checkpoint(tmp_path / "b/last.pt")["steps"] == 5
 
 
+def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(tmp_path):
+    """Killed before `last.pt` leads to it and a mirror has it, a run that ended has nothing more to save."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    write(a, 1, 2, mirrors=[b])
+    for folder in (a, b):
+        (folder / "last.pt").unlink()
+        (folder / "last.pt").symlink_to("0000001.pt")
+    (b / "0000002.pt").unlink()
+    write(a, mirrors=[b])
+    assert [read_checkpoint(folder / "last.pt")["steps"] for folder in (a, b)] == [2, 2]
+
+
 def test_a_lost_mirror_does_not_touch_the_first_place(tmp_path, capsys):
     (tmp_path / "b").write_text("a file where the folder should be")
     writer = CheckpointWriter(tmp_path / "a", [tmp_path / "b"], 2, 0)

@@ -7,6 +7,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,12 +66,15 @@ class CheckpointWriter:
         for each in self.folders:
             for leftover in each.glob(".*.pt.*.tmp"):  # of a run that was killed while writing
                 leftover.unlink(missing_ok=True)
+            for step in saved_steps(each)[-1:]:  # a run may be killed after a checkpoint and before what follows it
+                _point_last_at(checkpoint_path(each, step))
+        for step in saved_steps(folder)[-1:]:
+            self._start(partial(self._copy_to_mirrors, step))
 
     def save(self, step: int, state: dict) -> None:
         """Start writing `state` as the checkpoint of `step`; waits for the one before it."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(step, state))
-        self._thread.start()
+        self._start(partial(self._write, step, state))
 
     def wait(self) -> None:
         """Return once the last `save` is on the disk; raises what its thread raised, except for a full disk."""
@@ -81,15 +85,25 @@ class CheckpointWriter:
             failure, self._failure = self._failure, None
             raise failure
 
+    def _start(self, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:  # raised again by wait(), in the training thread
+                self._failure = error
+
+        self._thread = threading.Thread(target=guarded)
+        self._thread.start()
+
     def _write(self, step: int, state: dict) -> None:
-        try:
-            if not self._write_to(self.folders[0], step, lambda file: torch.save(state, file)):
-                return
-            for mirror in self.folders[1:]:
+        if self._write_to(self.folders[0], step, lambda file: torch.save(state, file)):
+            self._copy_to_mirrors(step)
+
+    def _copy_to_mirrors(self, step: int) -> None:
+        for mirror in self.folders[1:]:
+            if not checkpoint_path(mirror, step).exists():
                 with open(checkpoint_path(self.folders[0], step), "rb") as source:
                     self._write_to(mirror, step, lambda file, source=source: shutil.copyfileobj(source, file, 1 << 20))
-        except BaseException as error:  # raised again by wait(), in the training thread
-            self._failure = error
 
     def _write_to(self, folder: Path, step: int, write: Callable) -> bool:
         """Whether the file was written; if not, for want of space or of the file system, a warning has been given."""
