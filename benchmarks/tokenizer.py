@@ -24,7 +24,7 @@ from tokenizer.tokenizer_image.vq_model import QuantizerLosses, VectorQuantizer,
 from tokenizer.tokenizer_image.vq_setup import make_tokenizer
 from tokenizer.tokenizer_image.vq_train import train_step
 from utils.distributed import World, init_world
-from utils.parallel import PRECISIONS
+from utils.engine.parallel import PRECISIONS
 from utils.program import keep_memory_between_steps
 
 

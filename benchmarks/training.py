@@ -23,10 +23,10 @@ from autoregressive.models.rope import rope_table
 from autoregressive.train.compilation import compile_model
 from autoregressive.train.cost import peak_flops, train_flops
 from utils.distributed import World
-from utils.parallel import autocast
+from utils.engine.parallel import autocast
+from utils.engine.state import Trained
+from utils.engine.step import apply_gradients
 from utils.program import keep_memory_between_steps, run
-from utils.training_state import Trained
-from utils.training_step import apply_gradients
 
 
 class PlainAttention(Attention):

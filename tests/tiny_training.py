@@ -11,7 +11,7 @@ from autoregressive.models import gpt
 from autoregressive.train import train_c2i
 from tests.processes import run_main
 from tests.stores import make_store
-from utils import training_run
+from utils.engine import run as training_run
 
 COMMAND = {  # 24 images, batch 8: 3 steps an epoch; level 1 is steps 0-5, level 2 steps 6-11
     "--dataset": "tiny_code", "--image-size": 16, "--downsample-size": 4, "--vocab-size": 64, "--num-classes": 4,

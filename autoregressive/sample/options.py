@@ -7,7 +7,7 @@ import torch
 from autoregressive.models.generate import Sampling
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.guidance import SCHEDULES
-from autoregressive.sample.randomness import MAX_SEED
+from autoregressive.sample.seeds import MAX_SEED
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import WEIGHTS_CHOICES
 from utils.program import UserError

@@ -14,7 +14,7 @@ from autoregressive.sample.options import DTYPES
 from pretrained_models.catalogue import find_weights
 from tokenizer.tokenizer_image.load import TokenizerInfo, build_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel, to_uint8
-from utils.parallel import forbid_tf32
+from utils.engine.parallel import forbid_tf32
 from utils.program import UserError
 
 # The decoder's activations are large. On the CPU one image is as fast as many, and then rounds the same in any batch.

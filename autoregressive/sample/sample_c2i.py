@@ -14,7 +14,7 @@ from autoregressive.sample.class_names import class_names, parse_classes
 from autoregressive.sample.options import add_model_options, add_sampling_options, check_options, sampling_of
 from autoregressive.sample.pictures import captioned_rows
 from autoregressive.sample.pipeline import Pipeline
-from autoregressive.sample.randomness import image_uniforms
+from autoregressive.sample.seeds import image_uniforms
 from utils.files import atomic_file
 from utils.program import UserError, run
 from utils.progress import progress

@@ -20,7 +20,7 @@ from autoregressive.sample.batch_size import fitting_batch_size
 from autoregressive.sample.options import add_model_options, add_sampling_options, check_options, sampling_of
 from autoregressive.sample.pictures import image_grid
 from autoregressive.sample.pipeline import IMAGES_DECODED_AT_ONCE, Pipeline
-from autoregressive.sample.randomness import image_labels, image_uniforms
+from autoregressive.sample.seeds import image_labels, image_uniforms
 from dataset.image_store import ImageStore
 from utils.distributed import World, init_world
 from utils.files import atomic_file, sha256

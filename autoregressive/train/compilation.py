@@ -3,10 +3,10 @@
 import torch
 
 from autoregressive.models.gpt import ModelArgs, Transformer
-from autoregressive.train.plan import Plan
+from autoregressive.train.schedule import Plan
 from utils.distributed import World
-from utils.parallel import autocast, sync_gradients
-from utils.training_state import Trained
+from utils.engine.parallel import autocast, sync_gradients
+from utils.engine.state import Trained
 
 
 def compile_model(model: Transformer) -> None:

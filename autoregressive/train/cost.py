@@ -3,7 +3,7 @@
 import math
 
 from autoregressive.models.gpt import ModelArgs
-from autoregressive.train.plan import Plan
+from autoregressive.train.schedule import Plan
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' data sheets
     "A100": 312e12,

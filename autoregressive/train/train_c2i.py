@@ -8,20 +8,20 @@ from dataclasses import asdict
 import torch
 
 from autoregressive.models.gpt import ModelArgs, Transformer, model_args
-from autoregressive.train.arguments import parse_args
 from autoregressive.train.compilation import compile_levels, compile_model
+from autoregressive.train.config import parse_args
 from autoregressive.train.cost import plan_table
-from autoregressive.train.plan import Plan, make_plan
-from autoregressive.train.watch import Watch
+from autoregressive.train.monitor import Watch
+from autoregressive.train.schedule import Plan, make_plan
 from dataset.code_dataset import CodeDataset, CodeLoader
 from dataset.code_store import CodeStore, find_stores
 from pretrained_models.catalogue import load_initial
 from utils.distributed import World, init_world
-from utils.parallel import autocast, distribute, sync_gradients
+from utils.engine.parallel import autocast, distribute, sync_gradients
+from utils.engine.run import TrainingRun
+from utils.engine.state import EMA, Trained, seed_step
+from utils.engine.step import apply_gradients, check_batch_size
 from utils.program import UserError, run
-from utils.training_run import TrainingRun
-from utils.training_state import EMA, Trained, seed_step
-from utils.training_step import apply_gradients, check_batch_size
 
 IMAGENET_IMAGES = 1_281_167  # for --dry-run without codes
 

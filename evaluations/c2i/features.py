@@ -23,8 +23,8 @@ from evaluations.c2i.exported import load_exported, run_exported
 from evaluations.c2i.frozen_graph import FrozenGraph
 from evaluations.c2i.graph_def import read_graph
 from evaluations.c2i.tensorflow_backend import receive, send
+from utils.engine.parallel import forbid_tf32
 from utils.files import sha256
-from utils.parallel import forbid_tf32
 from utils.program import UserError
 
 IMAGE_NODE, POOL_NODE, SPATIAL_NODE, LOGITS_NODE = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"

@@ -25,8 +25,8 @@ from tokenizer.tokenizer_image.metrics import SSIM_WINDOW, ReconstructionScores
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, to_uint8
 from utils.checkpoint import WEIGHTS_CHOICES
 from utils.distributed import World, init_world
+from utils.engine.parallel import PRECISIONS, forbid_tf32
 from utils.files import atomic_file
-from utils.parallel import PRECISIONS, forbid_tf32
 from utils.program import UserError, run
 from utils.progress import progress
 

@@ -4,8 +4,8 @@ import argparse
 
 from tokenizer.tokenizer_image.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.tokenizer_image.vq_model import VQ_models
-from utils.parallel import PRECISIONS
-from utils.training_run import add_run_arguments
+from utils.engine.parallel import PRECISIONS
+from utils.engine.run import add_run_arguments
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from autoregressive.train.plan import Plan, make_plan
+from autoregressive.train.schedule import Plan, make_plan
 from dataset.image_folder import ImageFolder
 from pretrained_models.catalogue import load_initial
 from tokenizer.tokenizer_image import lpips
@@ -14,10 +14,10 @@ from tokenizer.tokenizer_image.metrics import SSIM_WINDOW
 from tokenizer.tokenizer_image.vq_loss import LossWeights, VQLoss
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils.distributed import World
-from utils.parallel import distribute
+from utils.engine.parallel import distribute
+from utils.engine.state import EMA, Trained
+from utils.engine.step import check_batch_size
 from utils.program import UserError
-from utils.training_state import EMA, Trained
-from utils.training_step import check_batch_size
 
 
 def schedule_of(args, folder: ImageFolder) -> Plan:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autoregressive.train.plan import Plan
+from autoregressive.train.schedule import Plan
 from dataset.code_dataset import BatchOrder
 from dataset.crops import to_model_range
 from dataset.image_batches import RandomViews, random_view_batches
@@ -26,11 +26,11 @@ from tokenizer.tokenizer_image.vq_setup import (
 )
 from tokenizer.tokenizer_image.vq_validation import Validation
 from utils.distributed import World, init_world
-from utils.parallel import autocast, sync_gradients
+from utils.engine.parallel import autocast, sync_gradients
+from utils.engine.run import TrainingRun
+from utils.engine.state import Trained, seed_step
+from utils.engine.step import apply_gradients
 from utils.program import run
-from utils.training_run import TrainingRun
-from utils.training_state import Trained, seed_step
-from utils.training_step import apply_gradients
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from dataset.image_folder import list_image_folder
 from tokenizer.tokenizer_image.metrics import ReconstructionScores
 from tokenizer.tokenizer_image.vq_model import VQModel, to_uint8
 from utils.distributed import World
+from utils.engine.run import TrainingRun
+from utils.engine.state import Trained
 from utils.files import atomic_file
-from utils.training_run import TrainingRun
-from utils.training_state import Trained
 
 PICTURE_IMAGES = 8
 

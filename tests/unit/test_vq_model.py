@@ -15,7 +15,7 @@ from tokenizer.tokenizer_image.load import build_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models, to_uint8
 from utils.program import UserError
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MANIFEST = json.loads((GOLDEN / "vq_manifest.json").read_text())
 
 

@@ -19,7 +19,7 @@ from tokenizer.tokenizer_image.load import build_tokenizer
 from tokenizer.tokenizer_image.vq_train import revive_dead_codes
 from tokenizer.tokenizer_image.vq_validation import Validation
 from utils.distributed import World
-from utils.training_state import EMA, Trained
+from utils.engine.state import EMA, Trained
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 LEARNED = ("model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps", "skipped_steps", "metrics")

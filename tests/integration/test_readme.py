@@ -16,7 +16,7 @@ from autoregressive.models.gpt import ModelArgs, Transformer
 from tests.inception_graph import InceptionGraph
 from tests.tiny_python import tiny_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
             for line in block.strip().splitlines()]  # fmt: skip

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.training_state import Trained
-from utils.training_step import apply_gradients
+from utils.engine.state import Trained
+from utils.engine.step import apply_gradients
 
 
 def trained(model: nn.Module) -> Trained:

@@ -10,7 +10,7 @@ from PIL import Image
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train import train_c2i
-from autoregressive.train.plan import Plan
+from autoregressive.train.schedule import Plan
 from tests.processes import fork, run_main, wait
 from tests.stores import make_store
 from tests.tiny_training import NO_DROPOUT, assert_same_state, command, last_checkpoint, rows, tiny_store, train
@@ -127,7 +127,7 @@ def _train_slowly(arguments):
     import time
 
     from tests.tiny_training import shrink_gpt
-    from utils.training_run import TrainingRun
+    from utils.engine.run import TrainingRun
 
     shrink_gpt()
     end_step = TrainingRun.end_step
@@ -211,7 +211,7 @@ def test_held_out_codes_of_another_kind_are_refused(codes, tmp_path):
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(codes, tmp_path):
     def full_from_step_9():
-        from utils.checkpoint_files import CheckpointWriter
+        from utils.engine.checkpoint_files import CheckpointWriter
 
         write = CheckpointWriter._write
         CheckpointWriter._write = lambda self, step, state: write(self, step, state) if step < 9 else None

@@ -3,10 +3,10 @@
 import argparse
 
 from autoregressive.models.gpt import GPT_SIZES
-from autoregressive.train.watch import add_watch_arguments
-from utils.parallel import PRECISIONS
+from autoregressive.train.monitor import add_watch_arguments
+from utils.engine.parallel import PRECISIONS
+from utils.engine.run import add_run_arguments
 from utils.program import UserError
-from utils.training_run import add_run_arguments
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from autoregressive.sample import sample_c2i_ddp
-from autoregressive.sample.randomness import image_labels
+from autoregressive.sample.seeds import image_labels
 from dataset.image_store import ImageStore
 from tests.sampling_models import flags, run_sampler, start_sampler, write_models
 from utils.program import UserError
 
 NAME = "GPT-Tiny-c2i_B_256-size-16-size-16-VQ-Tiny-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

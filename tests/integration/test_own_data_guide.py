@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from autoregressive.sample import sample_c2i_ddp
-from autoregressive.train import arguments as gpt_arguments
+from autoregressive.train import config as gpt_arguments
 from autoregressive.train import extract_codes_c2i
 from evaluations.c2i import evaluator
 from pretrained_models.catalogue import PUBLISHED
 from tokenizer.tokenizer_image import reconstruct, vq_arguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/own-data.md").read_text()
 PARSERS = {
     "scripts/tokenizer/train_vq.sh": vq_arguments.parse_args,

@@ -9,16 +9,16 @@ from torchvision.utils import save_image
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train.cost import peak_flops, train_flops
-from autoregressive.train.plan import Plan
+from autoregressive.train.schedule import Plan
 from dataset.code_dataset import CodeDataset
 from dataset.code_store import find_stores
 from tokenizer.tokenizer_image.load import build_tokenizer
 from utils.distributed import World
+from utils.engine.parallel import autocast
+from utils.engine.run import TrainingRun
+from utils.engine.state import Trained, full_model_state, seed_step
 from utils.files import atomic_file
-from utils.parallel import autocast
 from utils.program import UserError
-from utils.training_run import TrainingRun
-from utils.training_state import Trained, full_model_state, seed_step
 
 GRID_IMAGES, GRID_CLASSES = 64, 8
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from autoregressive.train.plan import make_plan
+from autoregressive.train.schedule import make_plan
 from tests.golden_gpt import GOLDEN
 
 GOLDEN_PLANS = json.loads((GOLDEN / "schedule.json").read_text())

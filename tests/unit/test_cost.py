@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoregressive.models.gpt import GPT_SIZES, ModelArgs
 from autoregressive.train.cost import parameters, peak_flops, plan_table, relative_cost, train_flops
-from autoregressive.train.plan import make_plan
+from autoregressive.train.schedule import make_plan
 from tests.golden_gpt import GOLDEN, golden_args, golden_model
 
 PUBLISHED = dict(epochs=300, steps_per_epoch=5004, epoch_rate=0.5, grid=(16, 16), lr=1e-4, end_lr=1e-5,

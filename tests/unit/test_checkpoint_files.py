@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from utils import checkpoint_files
 from utils.checkpoint import load_strict, read_checkpoint, select_weights
-from utils.checkpoint_files import CheckpointWriter, is_complete, newest_complete, saved_steps
+from utils.engine import checkpoint_files
+from utils.engine.checkpoint_files import CheckpointWriter, is_complete, newest_complete, saved_steps
 from utils.program import UserError
 
 STATE = {"model": {"w": torch.arange(1000.0)}}

@@ -10,7 +10,7 @@ from torchvision import transforms
 
 from dataset.crops import center_crop, crop_count, cut_crops, enlarged_size, random_crop_and_flip, to_model_range
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "crops.npz")
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "crops.npz")
 
 
 def ten(image, size, crop_range):

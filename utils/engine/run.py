@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from utils.checkpoint import read_checkpoint
-from utils.checkpoint_files import CheckpointWriter, checkpoint_path, is_complete, newest_complete, saved_steps
 from utils.distributed import World
-from utils.metrics import Metrics
+from utils.engine.checkpoint_files import CheckpointWriter, checkpoint_path, is_complete, newest_complete, saved_steps
+from utils.engine.metrics import Metrics
+from utils.engine.run_folder import default_run_name, open_run_folder
+from utils.engine.state import Trained, capture_state, restore_state
 from utils.program import UserError
-from utils.run_folder import default_run_name, open_run_folder
-from utils.training_state import Trained, capture_state, restore_state
 
 STOPPED_STATUS = 143  # 128 + SIGTERM
 

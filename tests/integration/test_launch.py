@@ -14,7 +14,7 @@ import pytest
 from tests.processes import free_port
 from tests.tiny_training import NO_DROPOUT, command, rows, tiny_store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = {"--epochs": 40, "--ckpt-every": 10, "--log-every": 30, "--warmup-epochs": 0}  # 120 steps
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from utils.distributed import World
+from utils.engine.state import Trained
 from utils.program import UserError
-from utils.training_state import Trained
 
 
 def check_batch_size(args: argparse.Namespace, world: World) -> None:

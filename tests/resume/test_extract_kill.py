@@ -16,7 +16,7 @@ from tests.processes import fork, run_main, wait
 from tests.tiny_extraction import arguments, contents, make_images, make_tokenizer
 from utils.program import run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "autoregressive" / "extract_codes_c2i.sh"
 RANDOM_KILLS = 24
 

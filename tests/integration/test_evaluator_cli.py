@@ -26,7 +26,7 @@ from tests.tensorflow_reference import graph_and_answers, needs_tensorflow, synt
 from utils.program import UserError
 from utils.program import run as run_program
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class TinyClassifier(torch.nn.Module):

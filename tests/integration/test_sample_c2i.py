@@ -12,7 +12,7 @@ from autoregressive.sample import batch_size, sample_c2i
 from autoregressive.sample.batch_size import fitting_batch_size
 from autoregressive.sample.class_names import class_names, parse_classes
 from autoregressive.sample.pictures import captioned_rows, image_grid
-from autoregressive.sample.randomness import image_labels, image_uniforms
+from autoregressive.sample.seeds import image_labels, image_uniforms
 from tests.sampling_models import flags, write_models
 from utils.program import UserError
 

@@ -20,8 +20,8 @@ from tests.tiny_training import (
     tiny_store,
     train,
 )
-from utils import training_run
-from utils.checkpoint_files import newest_complete
+from utils.engine import run as training_run
+from utils.engine.checkpoint_files import newest_complete
 from utils.program import run
 
 LEARNED = ("model", "optimizer", "ema", "steps", "skipped_steps", "metrics")
