@@ -5,7 +5,6 @@ python -m benchmarks.allocator
 Each measurement runs in a process of its own, with glibc's defaults and with the project's settings, alternately.
 """
 
-import argparse
 import multiprocessing
 import statistics
 import time
@@ -15,6 +14,13 @@ from torch import nn
 
 from autoregressive.models.gpt import GPT_models
 from utils.program import keep_memory_between_steps, run
+from utils.settings import option, parse, settings
+
+
+@settings("allocator benchmark")
+class BenchmarkSettings:
+    repeats: int = option(10, "timed steps of each process", at_least=1)
+    rounds: int = option(3, "processes of each kind", at_least=1)
 
 
 def convolution_step():
@@ -48,11 +54,7 @@ def milliseconds(name: str, keep: bool, repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind")
-    options = parser.parse_args()
+    options = parse(BenchmarkSettings, __doc__.split("\n")[0])
     print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| step | glibc's defaults, ms | kept memory, ms | ratio |\n|---|---|---|---|")
     spawn = multiprocessing.get_context("spawn")

@@ -7,10 +7,8 @@ they differ, how much further the chosen code is from the latent (cosine). Witho
 On a CPU, which has no TF32, it is imitated by rounding what enters each convolution to TF32's 10 bits of mantissa.
 """
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,27 +17,42 @@ from torch.nn import functional as F
 
 from dataset.crops import center_crop, cut_crops, enlarged_size, to_model_range
 from dataset.image_folder import list_image_folder, load_rgb
-from tokenizer.tokenizer_image.load import build_tokenizer
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+from tokenizer.tokenizer_image.load import (
+    DEFAULT_TOKENIZER,
+    TokenizerSettings,
+    build_tokenizer,
+    given_sizes,
+    new_tokenizer,
+)
+from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.distributed import init_world
-from utils.program import keep_memory_between_steps
+from utils.program import run
+from utils.settings import REQUIRED, parse, recipe, settings, with_defaults
 
 
+@settings("benchmark")
+class BenchmarkSettings:
+    tokenizer: with_defaults(TokenizerSettings, vq_ckpt=None)
+    data_path: str = recipe(REQUIRED, "image folder")
+    image_size: int = recipe(128, "pixels per side of a crop", at_least=16)
+    images: int = recipe(8, "images, of which two crops each are encoded", at_least=1)
+
+
+@torch.no_grad()
 def main() -> None:
-    args = parse_args()
-    keep_memory_between_steps()
+    chosen = parse(BenchmarkSettings, __doc__.split("\n")[0])
     device = init_world().device
     torch.manual_seed(0)
-    settings = {"codebook_size": args.codebook_size, "codebook_embed_dim": args.codebook_embed_dim}
-    if args.vq_ckpt:
-        model, _ = build_tokenizer(args.vq_model, *settings.values(), args.vq_ckpt, device=device)
+    if chosen.tokenizer.vq_ckpt:
+        model, _ = build_tokenizer(chosen.tokenizer, device)
     else:
-        model = VQ_models[args.vq_model](**settings).eval().requires_grad_(False).to(device)
-    views = load_views(args, device)
+        name = chosen.tokenizer.vq_model or DEFAULT_TOKENIZER
+        model = new_tokenizer(name, **given_sizes(chosen.tokenizer))[0].eval().to(device)
+    views = load_views(chosen, device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     reference = torch.cat([model.latent(one) for one in views.split(1)])
-    print(f"{len(views)} crops, {reference[0, 0].numel()} codes each, "
-          f"{len(model.quantize.nearest(reference).unique()):,} different codes")  # fmt: skip
+    used = len(model.quantize.nearest(reference).unique())
+    print(f"{len(views)} crops, {reference[0, 0].numel()} codes each, {used:,} different codes")
     model = model.to(memory_format=torch.channels_last)
     views = views.contiguous(memory_format=torch.channels_last)
     report("float32, batched", model, reference, model.latent(views))
@@ -49,13 +62,14 @@ def main() -> None:
         report("bf16, batched", model, reference, model.latent(views))
 
 
-def load_views(args: argparse.Namespace, device: torch.device) -> torch.Tensor:
+def load_views(chosen: BenchmarkSettings, device: torch.device) -> torch.Tensor:
     """(N, 3, S, S): the upright and mirrored centre crops of the ten, of images spread over the folder."""
-    folder = list_image_folder(args.data_path)
-    side = enlarged_size(args.image_size, 10, 1.1)
-    images = np.unique(np.linspace(0, len(folder) - 1, args.images).astype(int))
+    folder = list_image_folder(chosen.data_path)
+    side = enlarged_size(chosen.image_size, 10, 1.1)
+    images = np.unique(np.linspace(0, len(folder) - 1, chosen.images).astype(int))
     squares = np.stack([center_crop(load_rgb(folder.path(image)), side) for image in images])
-    return to_model_range(cut_crops(torch.from_numpy(squares).to(device), args.image_size, 10)[:, [4, 9]].flatten(0, 1))
+    crops = cut_crops(torch.from_numpy(squares).to(device), chosen.image_size, 10)
+    return to_model_range(crops[:, [4, 9]].flatten(0, 1))
 
 
 def report(name: str, model: VQModel, reference: torch.Tensor, latent: torch.Tensor) -> None:
@@ -77,8 +91,8 @@ def tf32_convolutions(model: VQModel, device: torch.device) -> Iterator[None]:
         return
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     exact = [convolution.weight.clone() for convolution in convolutions]
-    hooks = [convolution.register_forward_pre_hook(lambda _, inputs: (round_to_tf32(inputs[0]),))
-             for convolution in convolutions]  # fmt: skip
+    rounded = lambda _, inputs: (round_to_tf32(inputs[0]),)  # noqa: E731
+    hooks = [convolution.register_forward_pre_hook(rounded) for convolution in convolutions]
     for convolution in convolutions:
         convolution.weight.data.copy_(round_to_tf32(convolution.weight))
     yield
@@ -93,21 +107,5 @@ def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data-path", type=Path, required=True, help="image folder")
-    add("--vq-ckpt", type=Path, help="the tokenizer's checkpoint; random weights without")
-    add("--vq-model", default="VQ-16", choices=VQ_models, help="tokenizer")
-    add("--codebook-size", type=int, default=16384, help="number of codes")
-    add("--codebook-embed-dim", type=int, default=8, help="width of a code's vector")
-    add("--image-size", type=int, default=128, help="pixels of a crop's side")
-    add("--images", type=int, default=8, help="images, of which two crops each are encoded")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    run(main)

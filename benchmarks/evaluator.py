@@ -8,13 +8,12 @@ The graph has the widths of the published one and random weights unless --graph 
 entire evaluation of N random images against N, at most 10,000, from .npz to report, and gives its peak of host memory.
 """
 
-import argparse
 import resource
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,50 +23,56 @@ import scipy.linalg
 import torch
 
 from evaluations.c2i.features import InceptionFeatures, TensorFlowFeatures
-from evaluations.c2i.metrics import Gaussian, frechet_distance, precision_recall
+from evaluations.c2i.metrics import KID_SUBSETS, Gaussian, frechet_distance, kernel_distance
+from evaluations.c2i.neighbours import density_coverage, precision_recall
 from tests.inception_graph import InceptionGraph
 from utils.program import run
+from utils.settings import option, parse, recipe, settings
+
+
+@settings("benchmark")
+class BenchmarkSettings:
+    graph: Path | None = option(None, "classify_image_graph_def.pb; random weights without it")
+    device: str = recipe("cpu", "what computes")
+    images: int = recipe(256, "images per timing of the features; 0 leaves them out", at_least=0)
+    image_size: int = recipe(256, "pixels per side", at_least=1)
+    batch_size: int | None = recipe(
+        None, "images at a time; by default 64 on the CPU, 256 on a GPU, as in the evaluator", at_least=1
+    )
+    dimensions: int = recipe(2048, "dimensions of the Fréchet distance; 0 leaves it out", at_least=0)
+    features: int = recipe(10_000, "features per side for the metrics of single images; 0 leaves them out", at_least=0)
+    repeats: int = recipe(3, "the best of so many timings is reported", at_least=1)
+    no_tensorflow: bool = recipe(False, "leave TensorFlow out")
+    whole: int = recipe(0, "also evaluate so many random images from .npz to report", at_least=0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--graph", type=Path, help="classify_image_graph_def.pb; random weights without it")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--images", type=int, default=256, help="per timing of the features; 0 leaves them out")
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, help="default: 64 on the CPU, 256 on a GPU, as the evaluator's own")
-    parser.add_argument("--dimensions", type=int, default=2048, help="of the Fréchet distance; 0 leaves it out")
-    parser.add_argument("--features", type=int, default=10_000, help="a side, Precision and Recall; 0 leaves them out")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many is reported")
-    parser.add_argument("--no-tensorflow", action="store_true")
-    parser.add_argument("--whole", type=int, default=0, help="also evaluate so many random images from .npz to report")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    args.batch_size = args.batch_size or (64 if device.type == "cpu" else 256)
+    settings = parse(BenchmarkSettings, "How fast the evaluator is against TensorFlow, SciPy and NumPy; a table.")
+    device = torch.device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"device: {name}; PyTorch {torch.__version__}\n")
     print("| what | how | time (s) | rate | ratio |\n|---|---|---|---|---|", flush=True)
     with TemporaryDirectory() as folder:
-        graph = args.graph or InceptionGraph().save(Path(folder) / "graph.pb")
-        if args.whole:  # first: the peak of memory is that of all processes so far
-            time_whole(args, graph, Path(folder))
-        if args.images:
-            compare_features(args, graph, device)
-        if args.dimensions:
-            compare_frechet(args, device)
-        if args.features:
-            compare_precision_recall(args, device)
+        graph = settings.graph or InceptionGraph().save(Path(folder) / "graph.pb")
+        if settings.whole:  # first: the peak of memory is that of all processes so far
+            time_whole(settings, graph, Path(folder))
+        if settings.images:
+            compare_features(settings, graph, device)
+        if settings.dimensions:
+            compare_frechet(settings, device)
+        if settings.features:
+            compare_single_features(settings, device)
 
 
-def compare_features(args: argparse.Namespace, graph: Path, device: torch.device) -> None:
+def compare_features(settings: BenchmarkSettings, graph: Path, device: torch.device) -> None:
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (args.images, args.image_size, args.image_size, 3), dtype=np.uint8)
-    batches = torch.from_numpy(images).split(args.batch_size)
+    images = random.integers(0, 256, (settings.images, settings.image_size, settings.image_size, 3), dtype=np.uint8)
+    batches = torch.from_numpy(images).split(settings.batch_size or (64 if device.type == "cpu" else 256))
     networks = {
         "PyTorch, folded": InceptionFeatures(graph, device),
         "PyTorch, folded, compiled, frozen": InceptionFeatures(graph, device, compiled=True),
     }
-    if not args.no_tensorflow and find_spec("tensorflow"):
+    if not settings.no_tensorflow and find_spec("tensorflow"):
         networks = {"TensorFlow": TensorFlowFeatures(graph, device)} | networks
 
     def all_batches(network: Callable) -> Callable[[], None]:
@@ -75,16 +80,16 @@ def compare_features(args: argparse.Namespace, graph: Path, device: torch.device
 
     for network in networks.values():
         network(batches[0])  # allocation, autotuning, compilation
-    times = alternate({key: all_batches(network) for key, network in networks.items()}, args.repeats)
-    print_rows(f"features of {args.images} images", times, args.images, "images/s")
+    times = alternate({key: all_batches(network) for key, network in networks.items()}, settings.repeats)
+    print_rows(f"features of {settings.images} images", times, settings.images, "images/s")
     for network in networks.values():
         network.close()
 
 
-def compare_frechet(args: argparse.Namespace, device: torch.device) -> None:
+def compare_frechet(settings: BenchmarkSettings, device: torch.device) -> None:
     random = np.random.default_rng(0)
-    mixing = random.normal(size=(args.dimensions, args.dimensions)) * np.geomspace(1, 1e-2, args.dimensions)
-    sets = [random.normal(size=(args.dimensions * 2, args.dimensions)) @ mixing.T for _ in range(2)]
+    mixing = random.normal(size=(settings.dimensions, settings.dimensions)) * np.geomspace(1, 1e-2, settings.dimensions)
+    sets = [random.normal(size=(settings.dimensions * 2, settings.dimensions)) @ mixing.T for _ in range(2)]
     moments = [(features.mean(0), np.cov(features, rowvar=False)) for features in sets]
     gaussians = [Gaussian(*(torch.from_numpy(moment).to(device) for moment in pair)) for pair in moments]
 
@@ -95,13 +100,13 @@ def compare_frechet(args: argparse.Namespace, device: torch.device) -> None:
 
     difference = abs(frechet_distance(*gaussians)[0] / scipy_distance() - 1)
     ways = {"scipy.linalg.sqrtm": scipy_distance, "ours": lambda: frechet_distance(*gaussians)}
-    times = alternate(ways, args.repeats)
-    print_rows(f"Fréchet distance, {args.dimensions} dimensions (agree to {difference:.0e})", times)
+    times = alternate(ways, settings.repeats)
+    print_rows(f"Fréchet distance, {settings.dimensions} dimensions (agree to {difference:.0e})", times)
 
 
-def compare_precision_recall(args: argparse.Namespace, device: torch.device) -> None:
+def compare_single_features(settings: BenchmarkSettings, device: torch.device) -> None:
     random = np.random.default_rng(0)
-    sets = [random.random((args.features, 2048), dtype=np.float32) * (1 + 0.02 * index) for index in range(2)]
+    sets = [random.random((settings.features, 2048), dtype=np.float32) * (1 + 0.02 * index) for index in range(2)]
     tensors = [torch.from_numpy(features).to(device) for features in sets]
     ways = {
         "NumPy, blocks of rows, float32": lambda: numpy_precision_recall(*sets),
@@ -110,42 +115,74 @@ def compare_precision_recall(args: argparse.Namespace, device: torch.device) -> 
     }
     for way in ways.values():  # kernels are loaded
         way()
-    times = alternate(ways, max(1, args.repeats - 2))
-    print_rows(f"Precision and Recall, {args.features:,} x {args.features:,}", times)
+    repeats = max(1, settings.repeats - 2)
+    print_rows(f"Precision and Recall, {settings.features:,} x {settings.features:,}", alternate(ways, repeats))
+    size = min(1_000, settings.features)
+    subset = [features[:size].astype(np.float64) for features in sets]
+    ways = {
+        f"NumPy, one subset times {KID_SUBSETS}": lambda: numpy_squared_mmd(*subset),
+        "ours": lambda: kernel_distance(*tensors, size),
+    }
+    times = alternate(ways, repeats)
+    times[next(iter(ways))] *= KID_SUBSETS
+    print_rows(f"KID, subsets of {size:,}", times)
+    ways = {
+        "NumPy, blocks of rows, float32": lambda: numpy_density_coverage(*sets),
+        "ours, float64": lambda: density_coverage(*tensors),
+    }
+    print_rows(f"Density and Coverage, {settings.features:,} x {settings.features:,}", alternate(ways, repeats))
 
 
-def numpy_precision_recall(reference: np.ndarray, sample: np.ndarray, rows: int = 1_000) -> tuple[float, float]:
+def numpy_precision_recall(reference: np.ndarray, sample: np.ndarray) -> tuple[float, float]:
     """The plain baseline: blocks of rows, float32."""
-
-    def blocks(first: np.ndarray, second: np.ndarray):
-        norms = (second**2).sum(1)
-        for start in range(0, len(first), rows):
-            part = first[start : start + rows]
-            yield start, np.maximum((part**2).sum(1)[:, None] - 2 * part @ second.T + norms, 0)
-
-    def radii(features: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.partition(squared, 3, axis=1)[:, 3] for _, squared in blocks(features, features)])
-
-    reference_radii, sample_radii = radii(reference), radii(sample)
+    reference_radii, sample_radii = numpy_radii(reference, 3), numpy_radii(sample, 3)
     covered, recalled = np.zeros(len(sample), bool), []
-    for start, squared in blocks(reference, sample):
-        covered |= (squared <= reference_radii[start : start + rows, None]).any(0)
+    for rows, squared in numpy_distances(reference, sample):
+        covered |= (squared <= reference_radii[rows, None]).any(0)
         recalled.append((squared <= sample_radii).any(1))
     return float(covered.mean()), float(np.concatenate(recalled).mean())
 
 
-def time_whole(args: argparse.Namespace, graph: Path, folder: Path) -> None:
+def numpy_density_coverage(reference: np.ndarray, sample: np.ndarray) -> tuple[float, float]:
+    radii = numpy_radii(reference, 5)
+    inside = np.concatenate([(d < radii[rows, None]).sum(1) for rows, d in numpy_distances(reference, sample)])
+    return float(inside.sum() / (5 * len(sample))), float((inside > 0).mean())
+
+
+def numpy_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
+    blocks = numpy_distances(features, features)
+    return np.concatenate([np.partition(squared, neighbours, axis=1)[:, neighbours] for _, squared in blocks])
+
+
+def numpy_distances(first: np.ndarray, second: np.ndarray, rows: int = 1_000) -> Iterator[tuple[slice, np.ndarray]]:
+    """Squared distances in blocks of rows, float32."""
+    norms = (second**2).sum(1)
+    for start in range(0, len(first), rows):
+        part = first[start : start + rows]
+        squared = (part**2).sum(1)[:, None] - 2 * part @ second.T + norms
+        yield slice(start, start + rows), np.maximum(squared, 0)
+
+
+def numpy_squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
+    """KID's estimate on one pair of subsets, float64."""
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(first, first), kernel(second, second))]
+    return within[0] + within[1] - 2 * kernel(first, second).mean()
+
+
+def time_whole(settings: BenchmarkSettings, graph: Path, folder: Path) -> None:
     """The evaluator's own process on random images, reading and reporting included."""
-    for name, count in (("reference", min(args.whole, 10_000)), ("sample", args.whole)):
-        write_random_images(folder / f"{name}.npz", count, args.image_size)
-    command = [sys.executable, "-m", "evaluations.c2i.evaluator", folder / "reference.npz", folder / "sample.npz",
-               "--graph", graph, "--device", args.device, "--batch-size", str(args.batch_size)]  # fmt: skip
+    for name, count in (("reference", min(settings.whole, 10_000)), ("sample", settings.whole)):
+        write_random_images(folder / f"{name}.npz", count, settings.image_size)
+    command = [sys.executable, "-m", "evaluations.c2i.evaluator", folder / "reference.npz", folder / "sample.npz"]
+    command += ["--graph", graph, "--device", settings.device]
+    command += ["--batch-size", str(settings.batch_size)] if settings.batch_size else []
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest process
     how = f"ours, peak memory {peak:.2f} GiB"
-    print_rows(f"whole evaluation of {args.whole:,} images", {how: seconds}, args.whole, "images/s")
+    print_rows(f"whole evaluation of {settings.whole:,} images", {how: seconds}, settings.whole, "images/s")
 
 
 def write_random_images(path: Path, count: int, size: int) -> None:

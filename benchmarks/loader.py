@@ -2,12 +2,11 @@
 
     python -m benchmarks.loader
 
-The baseline is the published procedure in plain form: a data set that opens two `.npy` files a sample, of which it uses
-one crop of ten, behind a `DataLoader` with workers. Both read the same codes, in turn. The store of 1,281,167 images
-that is opened has sparse shards of full size.
+The baseline is the published procedure in plain form: a data set that opens two `.npy` files per sample, of which it
+uses one crop of ten, behind a `DataLoader` with workers. Both read the same codes, in turn. The store of 1,281,167
+images that is opened has sparse shards of full size.
 """
 
-import argparse
 import itertools
 import tempfile
 import time
@@ -20,14 +19,24 @@ from torch.utils.data import DataLoader, Dataset
 from dataset.code_dataset import CodeDataset, CodeLoader
 from dataset.code_store import CodeStore, StoreMeta, open_store
 from dataset.code_writer import SHARD_IMAGES, shard_name, write_description, write_packed, write_published
-from utils.program import keep_memory_between_steps
+from utils.program import run
+from utils.settings import parse, recipe, settings
 
 IMAGENET, CROPS, GRID, CLASSES = 1_281_167, 10, (16, 16), 1000
 
 
+@settings("benchmark")
+class LoaderBenchmark:
+    images: int = recipe(20_000, "images in the store that is read", at_least=1)
+    batch_size: int = recipe(256, "samples per batch", at_least=1)
+    steps: int = recipe(1000, "batches per measurement", at_least=1)
+    published_steps: int = recipe(70, "batches per measurement of the baseline", at_least=1)
+    num_workers: int = recipe(2, "worker processes of the baseline", at_least=0)
+    repeats: int = recipe(3, "measurements, of which the median counts", at_least=1)
+
+
 def main() -> None:
-    args = parse_args()
-    keep_memory_between_steps()
+    args = parse(LoaderBenchmark, __doc__.split("\n")[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -35,13 +44,15 @@ def main() -> None:
         write_published(folder / "published256_codes", packed)
         old_bytes = disk_bytes(folder / "published256_codes") + disk_bytes(folder / "published256_labels")
         new_bytes = disk_bytes(folder / "packed256_codes")
-        print(f"on disk {new_bytes / args.images:,.0f} bytes an image, published {old_bytes / args.images:,.0f}: "
-              f"{new_bytes / old_bytes:.1%}")  # fmt: skip
+        print(
+            f"on disk {new_bytes / args.images:,.0f} bytes per image, published {old_bytes / args.images:,.0f}: "
+            f"{new_bytes / old_bytes:.1%}"
+        )
         compare_loaders(args, folder, packed, device)
         time_opening(folder / "imagenet256_codes")
 
 
-def compare_loaders(args: argparse.Namespace, folder: Path, packed: CodeStore, device: torch.device) -> None:
+def compare_loaders(args: LoaderBenchmark, folder: Path, packed: CodeStore, device: torch.device) -> None:
     dataset = CodeDataset([packed])
     rates = {"published": [], "here": [], "here, resident": []}
     for _ in range(args.repeats):
@@ -55,7 +66,7 @@ def compare_loaders(args: argparse.Namespace, folder: Path, packed: CodeStore, d
         print(f"{name:>15}: {value:12,.0f} samples/s, {value / median['published']:6.1f} times the published loader")
 
 
-def rate(batches, args: argparse.Namespace, steps: int, device: torch.device) -> float:
+def rate(batches, args: LoaderBenchmark, steps: int, device: torch.device) -> float:
     """Samples/s after the first batch, which starts workers and threads."""
     next(batches)
     start = time.perf_counter()
@@ -80,7 +91,7 @@ class PublishedDataset(Dataset):
         return torch.from_numpy(codes), torch.from_numpy(np.load(self.labels / self.names[number]))
 
 
-def published_batches(folder: Path, args: argparse.Namespace):
+def published_batches(folder: Path, args: LoaderBenchmark):
     data = PublishedDataset(folder / "published256_codes", folder / "published256_labels", args.images)
     loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=args.num_workers, drop_last=True)
     while True:
@@ -89,13 +100,13 @@ def published_batches(folder: Path, args: argparse.Namespace):
 
 def small_store(folder: Path, count: int) -> CodeStore:
     codes = np.random.default_rng(0).integers(0, 16384, (count, CROPS, GRID[0] * GRID[1]), np.uint16)
-    return write_packed(folder, describe(count), [codes], np.arange(count) % CLASSES, [])
+    return write_packed(folder, describe(count), lambda start, stop: codes[start:stop], np.arange(count) % CLASSES)
 
 
 def describe(count: int, shards: list[dict] | None = None) -> StoreMeta:
     names = [f"n{number:08d}" for number in range(CLASSES)]
-    return StoreMeta(256, GRID, CROPS, count, crop_range=1.1, codebook_size=16384, num_classes=CLASSES,
-                     class_names=names, shards=shards or [])  # fmt: skip
+    known = {"crop_range": 1.1, "codebook_size": 16384, "num_classes": CLASSES, "class_names": names}
+    return StoreMeta(256, GRID, CROPS, count, **known, shards=shards or [])
 
 
 def time_opening(folder: Path) -> None:
@@ -111,8 +122,10 @@ def time_opening(folder: Path) -> None:
     store = open_store(folder)
     opened = time.perf_counter()
     next(iter(CodeLoader(CodeDataset([store]), 256)))
-    print(f"a store of {len(store):,} images opens in {opened - start:.4f} s; "
-          f"first batch after {time.perf_counter() - start:.2f} s")  # fmt: skip
+    print(
+        f"a store of {len(store):,} images opens in {opened - start:.4f} s; "
+        f"first batch after {time.perf_counter() - start:.2f} s"
+    )
 
 
 def disk_bytes(folder: Path) -> int:
@@ -120,19 +133,5 @@ def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--images", type=int, default=20_000, help="images in the store that is read")
-    add("--batch-size", type=int, default=256, help="samples a batch")
-    add("--steps", type=int, default=1000, help="batches a measurement")
-    add("--published-steps", type=int, default=70, help="batches a measurement of the baseline")
-    add("--num-workers", type=int, default=2, help="worker processes of the baseline")
-    add("--repeats", type=int, default=3, help="measurements, of which the median counts")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

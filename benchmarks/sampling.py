@@ -8,7 +8,6 @@ time that this device, at the bandwidth and matrix-product speed measured here, 
 FLOPs of every token (whichever is longer), and nothing else.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Iterator
@@ -18,14 +17,30 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoregressive.models.generate import CodeGenerator, Sampling
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.generate import CodeGenerator
+from autoregressive.models.gpt import GPT_models, Transformer, apply_rope
 from autoregressive.models.packed_linear import pack_linears
-from autoregressive.models.rope import apply_rope
+from autoregressive.models.sampling import Sampling
+from utils.precision import DTYPES, PRECISIONS
 from utils.program import UserError, run
+from utils.settings import parse, setting, settings
 
-TOKENS_A_TURN = 16
-DTYPES = {"none": torch.float32, "bf16": torch.bfloat16}
+TOKENS_PER_TURN = 16
+
+
+@settings("sampling benchmark")
+class BenchmarkSettings:
+    models: tuple[str, ...] = setting(("GPT-B",), "sizes of the GPT", changes_result=True, choices=GPT_models)
+    batch_sizes: tuple[int, ...] = setting((8,), "images at once", changes_result=True, at_least=1)
+    image_size: int = setting(256, "pixels per side", changes_result=True, at_least=16)
+    precision: str | None = setting(
+        None, "number format (default: bf16 on GPUs, none on CPUs)", changes_result=True, choices=PRECISIONS
+    )
+    rounds: int = setting(1, "batches of each kind, of which the fastest counts", changes_result=False, at_least=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision or ("bf16" if torch.cuda.is_available() else "none")]
 
 
 class PlainLoop:
@@ -107,7 +122,7 @@ def alternating_seconds(first: Iterator, second: Iterator, device: torch.device)
         unfinished = False
         for which, tokens in enumerate((first, second)):
             part = []
-            totals[which] += seconds(lambda: part.extend(islice(tokens, TOKENS_A_TURN)), device)  # noqa: B023
+            totals[which] += seconds(lambda: part.extend(islice(tokens, TOKENS_PER_TURN)), device)  # noqa: B023
             unfinished |= bool(part)
     return totals[0], totals[1]
 
@@ -135,11 +150,13 @@ def floor_seconds(model: Transformer, batch: int, length: int, bandwidth: float,
     return total
 
 
-def measure(name: str, batch: int, args: argparse.Namespace, device: torch.device, speed: tuple[float, float]) -> None:
-    grid = (args.image_size // 16, args.image_size // 16)
+def measure(
+    name: str, batch: int, options: BenchmarkSettings, device: torch.device, speed: tuple[float, float]
+) -> None:
+    grid = (options.image_size // 16, options.image_size // 16)
     length = grid[0] * grid[1]
     with device:
-        model = GPT_models[name](block_size=length, grid=grid).to(DTYPES[args.precision]).eval()
+        model = GPT_models[name](block_size=length, grid=grid).to(options.dtype).eval()
         torch.nn.init.normal_(model.output.weight, std=0.02)
         labels = torch.arange(batch) % 1000
     model.set_rope_tables()
@@ -155,8 +172,10 @@ def measure(name: str, batch: int, args: argparse.Namespace, device: torch.devic
         fast(labels, uniforms)
         list(plain.tokens(labels, 4))
     with torch.no_grad():
-        times = [alternating_seconds(fast_tokens(fast, labels, uniforms), plain.tokens(labels, length), device)
-                 for _ in range(args.rounds)]  # fmt: skip
+        times = [
+            alternating_seconds(fast_tokens(fast, labels, uniforms), plain.tokens(labels, length), device)
+            for _ in range(options.rounds)
+        ]
     ours, theirs = (min(column) for column in zip(*times, strict=True))
     least = floor_seconds(model, batch, length, *speed)
     print(
@@ -167,23 +186,17 @@ def measure(name: str, batch: int, args: argparse.Namespace, device: torch.devic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["GPT-B"], choices=list(GPT_models))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8])
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--precision", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "none")
-    parser.add_argument("--rounds", type=int, default=1)
-    args = parser.parse_args()
-    if args.image_size % 16:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of 16.")
+    options = parse(BenchmarkSettings, __doc__.split("\n")[0])
+    if options.image_size % 16:
+        raise UserError(f"--image-size {options.image_size} is not a multiple of 16.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speed = device_speed(device, DTYPES[args.precision])
-    print(f"{device}, {args.precision}: {speed[0] / 1e9:.0f} GB/s, {speed[1] / 1e12:.2f} TFLOP/s", flush=True)
-    for name in args.models:
-        for batch in args.batch_sizes:
+    speed = device_speed(device, options.dtype)
+    print(f"{device}, {options.dtype}: {speed[0] / 1e9:.0f} GB/s, {speed[1] / 1e12:.2f} TFLOP/s", flush=True)
+    for name in options.models:
+        for batch in options.batch_sizes:
             torch.compiler.reset()  # every batch size compiles anew, and there is a limit to that
             try:
-                measure(name, batch, args, device, speed)
+                measure(name, batch, options, device, speed)
             except torch.OutOfMemoryError:
                 print(f"{name:8} batch {batch:4}: does not fit in memory", flush=True)
 

@@ -8,7 +8,6 @@ default memory format, all distances between vectors and codes at once with an e
 discriminator that judges and learns with weight 0. All have the same random weights, LPIPS's included, and take turns.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -16,57 +15,67 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
+from tokenizer.base import QuantizerLosses
 from tokenizer.tokenizer_image.lpips import LPIPS
-from tokenizer.tokenizer_image.vq_arguments import parse_args
-from tokenizer.tokenizer_image.vq_loss import LossWeights, VQLoss, hinge_discriminator_loss
-from tokenizer.tokenizer_image.vq_model import QuantizerLosses, VectorQuantizer, VQ_models
-from tokenizer.tokenizer_image.vq_setup import make_tokenizer
+from tokenizer.tokenizer_image.vq_loss import PatchDiscriminator, VQLoss, hinge_discriminator_loss
+from tokenizer.tokenizer_image.vq_model import VectorQuantizer, VQ_models
+from tokenizer.tokenizer_image.vq_setup import VQTrainSettings, make_tokenizer
 from tokenizer.tokenizer_image.vq_train import train_step
 from utils.distributed import World, init_world
-from utils.engine.parallel import PRECISIONS
-from utils.program import keep_memory_between_steps
+from utils.precision import PRECISIONS
+from utils.program import run
+from utils.settings import parse, recipe, settings
+
+
+@settings("benchmark")
+class BenchmarkSettings:
+    vq_model: str = recipe("VQ-16", "tokenizer", choices=VQ_models)
+    image_size: int = recipe(64, "pixels per side", at_least=32)
+    batch_size: int = recipe(2, "images per step", at_least=1)
+    mixed_precision: str = recipe("none", "number format of the steps here", choices=PRECISIONS)
+    compile: bool = recipe(False, "also compiled")
+    repeats: int = recipe(3, "steps of each after the first", at_least=1)
 
 
 def main() -> None:
-    args = parse_benchmark_args()
-    keep_memory_between_steps()
+    chosen = parse(BenchmarkSettings, __doc__.split("\n")[0])
     world = init_world()
-    images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=world.device) * 2 - 1
-    steps = {"published procedure": plain_step(args, images, world), "here": step_here(args, images, world, False)}
-    if args.compile:
-        steps["here, compiled"] = step_here(args, images, world, True)
+    images = torch.rand(chosen.batch_size, 3, chosen.image_size, chosen.image_size, device=world.device) * 2 - 1
+    steps = {"published procedure": plain_step(chosen, images, world), "here": step_here(chosen, images, world, False)}
+    if chosen.compile:
+        steps["here, compiled"] = step_here(chosen, images, world, True)
     seconds = {name: [] for name in steps}
-    for repeat in range(args.repeats + 1):
+    for repeat in range(chosen.repeats + 1):
         for name, step in steps.items():
             elapsed = timed(step, world)
             if repeat:  # the first one warms up and compiles
                 seconds[name].append(elapsed)
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.vq_model}, {args.image_size} px, {args.batch_size} images a step, {args.mixed_precision}, {device}")
+    setup = f"{chosen.image_size} px, {chosen.batch_size} images per step, {chosen.mixed_precision}, {device}"
+    print(f"{chosen.vq_model}, {setup}")
     baseline = np.median(seconds["published procedure"])
     for name, values in seconds.items():
         median = np.median(values)
-        print(f"{name:20} {args.batch_size / median:8.2f} images/s   {baseline / median:5.2f} times the baseline")
+        print(f"{name:20} {chosen.batch_size / median:8.2f} images/s   {baseline / median:5.2f} times the baseline")
 
 
-def step_here(args, images: torch.Tensor, world: World, compiled: bool) -> Callable[[], None]:
-    flags = ["--data-path", "", "--vq-model", args.vq_model, "--image-size", str(args.image_size),
-             "--mixed-precision", args.mixed_precision, "--compile" if compiled else "--no-compile"]  # fmt: skip
-    flags = parse_args(flags)
-    tokenizer = make_tokenizer(flags, world)
+def step_here(chosen: BenchmarkSettings, images: torch.Tensor, world: World, compiled: bool) -> Callable[[], None]:
+    flags = ["--data-path", "", "--vq-model", chosen.vq_model, "--image-size", str(chosen.image_size)]
+    flags += ["--mixed-precision", chosen.mixed_precision, "--compile" if compiled else "--no-compile"]
+    training = parse(VQTrainSettings, "as trained", flags)
+    tokenizer, _ = make_tokenizer(training, world)
     lpips = random_lpips(world).to(memory_format=torch.channels_last)
     if compiled:
         lpips.compile(dynamic=False)
-    loss = VQLoss(LossWeights(), "l2", "hinge", lpips, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
+    loss = VQLoss(training.loss, lpips, world)
+    scaler = training.step.scaler(world)
     images = images.contiguous(memory_format=torch.channels_last)
-    return lambda: train_step(flags, tokenizer, None, loss, scaler, images, world)
+    return lambda: train_step(training, tokenizer, None, loss, scaler, images, world)
 
 
-def plain_step(args, images: torch.Tensor, world: World) -> Callable[[], None]:
+def plain_step(chosen: BenchmarkSettings, images: torch.Tensor, world: World) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = VQ_models[args.vq_model]()
+    model = VQ_models[chosen.vq_model]()
     model.quantize = PlainQuantizer(model.config)
     model.to(world.device)
     discriminator, lpips = PatchDiscriminator().to(world.device), random_lpips(world)
@@ -118,18 +127,5 @@ def timed(step: Callable[[], None], world: World) -> float:
     return time.perf_counter() - started
 
 
-def parse_benchmark_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--vq-model", choices=VQ_models, default="VQ-16", help="tokenizer")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels a side")
-    parser.add_argument("--batch-size", type=int, default=2, help="images a step")
-    parser.add_argument("--mixed-precision", choices=PRECISIONS, default="none", help="of the steps here")
-    parser.add_argument("--compile", action="store_true", help="also compiled")
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each after the first")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,7 +8,6 @@ variants run alternately in one process; peak memory is that of a process of its
 on a GPU.
 """
 
-import argparse
 import gc
 import multiprocessing
 import statistics
@@ -18,21 +17,37 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from autoregressive.models.gpt import GPT_SIZES, Attention, Transformer, model_args
-from autoregressive.models.rope import rope_table
+from autoregressive.models.gpt import GPT_SIZES, Transformer, TransformerBlock, model_args, rope_table
 from autoregressive.train.compilation import compile_model
 from autoregressive.train.cost import peak_flops, train_flops
 from utils.distributed import World
 from utils.engine.parallel import autocast
 from utils.engine.state import Trained
 from utils.engine.step import apply_gradients
+from utils.precision import PRECISIONS
 from utils.program import keep_memory_between_steps, run
+from utils.settings import option, parse, recipe, settings
 
 
-class PlainAttention(Attention):
+@settings("training benchmark")
+class BenchmarkSettings:
+    gpt_model: str = recipe("GPT-B", "size of the transformer", choices=GPT_SIZES)
+    batch_size: int = recipe(8, "images per step", at_least=1)
+    mixed_precision: str = recipe("bf16", "number format of both variants", choices=PRECISIONS)
+    compile: bool | None = recipe(None, "compile both variants (default: on GPUs)")
+    sides: tuple[int, ...] = recipe((1, 2, 4), "patch sides", at_least=1)
+    repeats: int = option(3, "timed steps of each variant, after one to warm up", at_least=1)
+    no_memory: bool = option(False, "leave peak memory out")
+
+    @property
+    def compiled(self) -> bool:
+        return torch.cuda.is_available() if self.compile is None else self.compile
+
+
+class PlainBlock(TransformerBlock):
     def forward(self, x, rope):
-        out = F.scaled_dot_product_attention(*self._project(x, rope), is_causal=True)
-        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+        attended = F.scaled_dot_product_attention(*self.before_attention(x, rope), is_causal=True)
+        return self.after_attention(x, attended)
 
 
 class PlainTransformer(Transformer):
@@ -41,7 +56,7 @@ class PlainTransformer(Transformer):
     def __init__(self, args):
         super().__init__(args)
         for layer in self.layers:
-            layer.attention.__class__ = PlainAttention
+            layer.__class__ = PlainBlock
 
     def forward(self, idx, cond_idx, targets, patch_side=1):
         height, width = self.args.grid
@@ -49,7 +64,9 @@ class PlainTransformer(Transformer):
         batch, _, dim = embeddings.shape
         patches = F.unfold(embeddings.mT.reshape(batch, dim, height, width), patch_side, stride=patch_side)
         patches = patches.view(batch, dim, patch_side**2, -1).mean(2).mT
-        x = self.tok_dropout(torch.cat([self.cls_embedding(cond_idx).unsqueeze(1), patches[:, :-1]], 1))
+        x = self.tok_dropout(
+            torch.cat([self.cls_embedding(cond_idx, self._dropped_conditions(idx)), patches[:, :-1]], 1)
+        )
         rope = rope_table(height // patch_side, width // patch_side, self.args.head_dim)  # on the CPU
         rope = rope.to(x.device)[: x.shape[1]]
         for layer in self.layers:
@@ -63,7 +80,7 @@ class PlainTransformer(Transformer):
 class Step:
     """One variant's model and optimizer; calling it trains on one batch of random codes."""
 
-    def __init__(self, plain: bool, options: argparse.Namespace, device: torch.device):
+    def __init__(self, plain: bool, options: BenchmarkSettings, device: torch.device):
         self.args = model_args(options.gpt_model)
         self.plain, self.world = plain, World(0, 1, 0, device)
         self.precision = options.mixed_precision
@@ -73,12 +90,11 @@ class Step:
             self.codes = torch.randint(self.args.vocab_size, (options.batch_size, self.args.block_size))
             self.labels = torch.randint(self.args.num_classes, (options.batch_size,))
         self.call = model
-        if options.compile and plain:
+        if options.compiled and plain:
             self.call = torch.compile(model)
-        elif options.compile:
+        elif options.compiled:
             compile_model(model)
-        fused = not plain or device.type == "cuda"
-        self.trained = Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused))
+        self.trained = Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def __call__(self, side: int) -> None:
@@ -103,7 +119,7 @@ def seconds(step: Step, side: int) -> float:
     return time.perf_counter() - started
 
 
-def peak_memory(plain: bool, side: int, options: argparse.Namespace) -> float:
+def peak_memory(plain: bool, side: int, options: BenchmarkSettings) -> float:
     """GiB at the peak of two steps; on the CPU in a new process, beyond what it holds before."""
     if torch.cuda.is_available():
         gc.collect()  # compiled models are held in cycles
@@ -116,7 +132,7 @@ def peak_memory(plain: bool, side: int, options: argparse.Namespace) -> float:
         return pool.apply(_cpu_peak, (plain, side, options))
 
 
-def _cpu_peak(plain: bool, side: int, options: argparse.Namespace) -> float:
+def _cpu_peak(plain: bool, side: int, options: BenchmarkSettings) -> float:
     keep_memory_between_steps()
     before = _resident_peak(reset=True)
     step = Step(plain, options, torch.device("cpu"))
@@ -133,24 +149,14 @@ def _resident_peak(reset: bool = False) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("--gpt-model", choices=GPT_SIZES, default="GPT-B", help="size of the transformer")
-    parser.add_argument("--batch-size", type=int, default=8, help="images a step")
-    parser.add_argument("--mixed-precision", choices=["bf16", "none"], default="bf16", help="of both variants")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-                        help="compile both variants")  # fmt: skip
-    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4], help="patch sides")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each variant, after one to warm up")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    options = parser.parse_args()
+    options = parse(BenchmarkSettings, __doc__.split("\n")[0])
     keep_memory_between_steps()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak = peak_flops(name)
     print(
         f"{options.gpt_model}, batch {options.batch_size}, {name}, torch {torch.__version__}, "
-        f"{options.mixed_precision}, {'compiled' if options.compile else 'eager'}\n"
+        f"{options.mixed_precision}, {'compiled' if options.compiled else 'eager'}\n"
     )
     print("| side | plain s/step | ours s/step | ratio | images/s | to side 1 | TFLOP/s | MFU | plain GiB | ours GiB |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -168,9 +174,18 @@ def main() -> None:
         ours = times[side][False]
         flops = options.batch_size * train_flops(model_args(options.gpt_model), side) / ours
         memory = ["-", "-"] if options.no_memory else [f"{peak_memory(p, side, options):.2f}" for p in (True, False)]
-        print(f"| {side} | {times[side][True]:.3f} | {ours:.3f} | {times[side][True] / ours:.2f} | "
-              f"{options.batch_size / ours:.2f} | {times[options.sides[0]][False] / ours:.2f} | {flops / 1e12:.3f} | "
-              f"{f'{flops / peak:.1%}' if peak else '-'} | {memory[0]} | {memory[1]} |")  # fmt: skip
+        cells = [
+            str(side),
+            f"{times[side][True]:.3f}",
+            f"{ours:.3f}",
+            f"{times[side][True] / ours:.2f}",
+            f"{options.batch_size / ours:.2f}",
+            f"{times[options.sides[0]][False] / ours:.2f}",
+            f"{flops / 1e12:.3f}",
+            f"{flops / peak:.1%}" if peak else "-",
+            *memory,
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from utils.program import UserError
 META_FILE = "meta.json"
 LABELS_FILE = "labels.npy"
 IMAGES_FILE = "images.jsonl"
+PLACES_FILE = "places.json"
 PARTIAL_SUFFIX, WORK_FOLDER = ".partial", "work"
 PACKED, PUBLISHED = "packed", "published"
 VERSION = 1
+BLOCK_IMAGES = 4096  # read at a time
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,20 @@ class StoreMeta:
         """Index of the upright centre crop (dataset/crops.py has the order)."""
         return 4 if self.crops in FIVE_PLACES else 0
 
-    def to_json(self) -> dict:
-        return asdict(self)
-
 
 class CodeStore:
     """A packed store. `store.codes(images, crops)` gathers rows; `store.labels` and `store.meta` are what they say."""
 
     def __init__(self, path: Path, meta: StoreMeta):
         self.path, self.meta = path, meta
-        shapes = [(shard["count"], meta.crops, meta.tokens) for shard in meta.shards]
-        self._shards = [  # each (images · crops, H·W)
-            _map_array(path / shard["file"], shape, meta.dtype).reshape(-1, meta.tokens)
-            for shard, shape in zip(meta.shards, shapes, strict=True)
-        ]
+        self._shards = []  # each (images · crops, H·W)
+        for shard in meta.shards:
+            array = _map_array(path / shard["file"], (shard["count"], meta.crops, meta.tokens), meta.dtype)
+            self._shards.append(array.reshape(-1, meta.tokens))
         self._ends = np.cumsum([shard["count"] for shard in meta.shards])  # first image after each shard
         if not meta.shards or self._ends[-1] != meta.count:
             raise UserError(
-                f"{path}/{META_FILE} lists shards for another number of images than it says; extract again."
+                f"{path}/{META_FILE} is damaged: its shards hold another number of images than it says; extract again."
             )
 
     def __len__(self) -> int:
@@ -83,8 +81,10 @@ class CodeStore:
     def __str__(self) -> str:
         meta = self.meta
         crop_range = f" at crop range {meta.crop_range:g}" if meta.crop_range else ""
-        return (f"{self.path}: {meta.count:,} images × {meta.crops} crops{crop_range}, {meta.image_size} px, "
-                f"{meta.grid[0]}×{meta.grid[1]} codes")  # fmt: skip
+        return (
+            f"{self.path}: {meta.count:,} images × {meta.crops} crops{crop_range}, {meta.image_size} px, "
+            f"{meta.grid[0]}×{meta.grid[1]} codes"
+        )
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -113,17 +113,20 @@ class CodeStore:
         images, crops = np.mgrid[start:stop, : self.meta.crops].reshape(2, -1)
         return self.codes(images, crops).reshape(stop - start, self.meta.crops, self.meta.tokens)
 
-    def blocks(self, size: int = 4096) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, size: int = BLOCK_IMAGES) -> Iterator[tuple[int, np.ndarray]]:
         """All codes in order: (number of the first image, (n ≤ size, crops, H·W) codes)."""
         for start in range(0, self.meta.count, size):
             yield start, self.block(start, min(start + size, self.meta.count))
 
     def sources(self) -> list[tuple[str, int]]:
         """(path relative to the image folder, bytes) of every image, in order; none where the store does not say."""
-        if not (self.path / IMAGES_FILE).exists():
-            return []
-        with open(self.path / IMAGES_FILE) as file:
-            return [tuple(json.loads(line)) for line in file]
+        return read_sources(self.path / IMAGES_FILE) if (self.path / IMAGES_FILE).exists() else []
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the tokenizer and the images lay at extraction, as far as known; no part of what the store is."""
+        file = self.path / PLACES_FILE
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def _checked(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images, crops = np.asarray(images, np.int64), np.asarray(crops, np.int64)
@@ -156,11 +159,8 @@ class PublishedStore(CodeStore):
 
     def codes(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         images, crops = self._checked(images, crops)
-        shape = (1, self.meta.crops, self.meta.tokens)
-        codes = np.empty((len(images), self.meta.tokens), self.meta.dtype)
-        for row, (image, crop) in enumerate(zip(images, crops, strict=True)):
-            codes[row] = _read_array(self.path / f"{image}.npy", shape)[0, crop]
-        return codes
+        rows = [self.block(image, image + 1)[0, crop] for image, crop in zip(images, crops, strict=True)]
+        return np.array(rows, self.meta.dtype).reshape(len(rows), self.meta.tokens)
 
 
 def open_store(path: str | Path) -> CodeStore:
@@ -220,9 +220,15 @@ def _missing_store_sentence(folder: Path, dataset: str, image_size: int) -> str:
     sizes = sorted(int(match[1]) for match in matches if match)
     if sizes:
         held = ", ".join(map(str, sizes))
-        return (f"{folder.parent} holds codes of {name} at image size {held}, not {image_size}; "
-                f"use --image-size {sizes[0]} or extract at {image_size}.")  # fmt: skip
+        remedy = f"use --image-size {sizes[0]} or extract at {image_size}"
+        return f"{folder.parent} holds codes of {name} at image size {held}, not {image_size}; {remedy}."
     return f"{folder.parent} holds no codes of {name} ({folder.name} expected); run extract_codes_c2i.sh first."
+
+
+def read_sources(path: Path) -> list[tuple[str, int]]:
+    """The lines of an `images.jsonl`: (path relative to the image folder, bytes)."""
+    with open(path) as file:
+        return [tuple(json.loads(line)) for line in file]
 
 
 def read_meta(path: Path) -> StoreMeta:
@@ -234,28 +240,9 @@ def read_meta(path: Path) -> StoreMeta:
         meta = StoreMeta(**{**fields, "grid": tuple(fields["grid"])})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; extract again or restore the file.") from error
-    if not _holds_together(meta):
-        raise UserError(f"{path} is damaged (layout {meta.layout!r}, {meta.count!r} images); extract again.")
+    if meta.layout not in (PACKED, PUBLISHED) or meta.dtype not in ("uint16", "uint32"):
+        raise UserError(f"{path} is damaged (layout {meta.layout!r}, codes of {meta.dtype}); extract again.")
     return meta
-
-
-def _holds_together(meta: StoreMeta) -> bool:
-    def positive(*numbers) -> bool:
-        return all(type(number) is int and number > 0 for number in numbers)
-
-    def is_shard(entry) -> bool:
-        named = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
-        return named and positive(entry.get("count"))
-
-    return (
-        meta.layout in (PACKED, PUBLISHED)
-        and meta.dtype in ("uint16", "uint32")
-        and len(meta.grid) == 2
-        and positive(meta.count, meta.crops, *meta.grid)
-        and all(isinstance(part, dict) for part in (meta.tokenizer, meta.files, meta.settings))
-        and isinstance(meta.shards, list)
-        and all(map(is_shard, meta.shards))
-    )
 
 
 def _scan_published(path: Path) -> StoreMeta:
@@ -264,17 +251,19 @@ def _scan_published(path: Path) -> StoreMeta:
     count = len(numbers)
     if max(numbers) != count - 1:
         raise UserError(f"{path} has gaps: {count} files, the last {max(numbers)}.npy; run its extraction again.")
-    first = _read_array(path / "0.npy", None)
+    first = _load(path / "0.npy")
     if first.ndim != 3 or first.shape[0] != 1 or first.dtype.kind not in "iu":
         raise UserError(f"{path}/0.npy holds {first.dtype} of shape {first.shape}, not (1, crops, codes) integers.")
     _, crops, tokens = first.shape
     side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise UserError(f"{path}/0.npy holds {tokens} codes a crop, which is not a square grid.")
+    if side**2 != tokens:
+        raise UserError(f"{path}/0.npy holds {tokens} codes per crop, which is not a square grid.")
     size = re.search(r"(\d+)_codes$", path.name)
     if not size:
-        raise UserError(f"the name of {path} does not say its image size; rename it and its labels' folder to end in, "
-                        "say, 256_codes and 256_labels.")  # fmt: skip
+        raise UserError(
+            f"the name of {path} does not say its image size; rename it and its labels' folder to end in, "
+            "say, 256_codes and 256_labels."
+        )
     # The codebook's size is not known here, so its codes get the wider type.
     return StoreMeta(int(size[1]), (side, side), crops, count, layout=PUBLISHED, dtype="uint32")
 
@@ -288,9 +277,9 @@ def _map_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return array.view(np.ndarray)
 
 
-def _read_array(path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
+def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     array = _load(path)
-    if shape is not None and array.shape != shape:
+    if array.shape != shape:
         raise UserError(f"{path} has shape {array.shape}, the others {shape}; run the extraction again.")
     return array
 

@@ -1,12 +1,10 @@
 """Writing code stores: shards, the files beside them, and the folder's final name, which it takes when complete."""
 
-import hashlib
-import io
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 import torchvision
 
 from dataset.code_store import (
+    BLOCK_IMAGES,
     IMAGES_FILE,
     LABELS_FILE,
     META_FILE,
@@ -51,34 +50,37 @@ def shard_name(number: int) -> str:
     return f"codes-{number:05d}.npy"
 
 
-def write_shard(path: Path, count: int, crops: int, tokens: int, dtype: str, blocks: Iterable[np.ndarray]) -> dict:
-    """Stream `blocks` of (n, crops, tokens) codes of `count` images into one `.npy`; returns its entry for meta."""
-    header = io.BytesIO()
-    layout = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
-    np.lib.format.write_array_header_1_0(header, {**layout, "shape": (count, crops, tokens)})
-    digest, written = hashlib.sha256(header.getvalue()), 0
+def write_shard(path: Path, count: int, meta: StoreMeta, blocks: Iterable[np.ndarray]) -> dict:
+    """Stream `blocks` of (n, crops, H·W) codes of `count` images into one `.npy`; returns its entry for meta.json."""
+    written, shape = 0, (count, meta.crops, meta.tokens)
     with atomic_file(path) as file:
-        file.write(header.getvalue())
+        header = {"descr": np.dtype(meta.dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
-            block = np.ascontiguousarray(block, dtype)
-            if block.shape[1:] != (crops, tokens):
-                raise ValueError(f"block of shape {block.shape} in a store of (…, {crops}, {tokens})")
-            digest.update(block)
-            file.write(block)
+            file.write(np.ascontiguousarray(block.reshape(-1, *shape[1:]), meta.dtype))
             written += len(block)
         if written != count:
             raise ValueError(f"{written} images written to {path}, {count} announced")
-    return {"file": path.name, "count": count, "sha256": digest.hexdigest()}
+    return shard_entry(path, count)
+
+
+def shard_entry(path: Path, count: int) -> dict:
+    return {"file": path.name, "count": count, "sha256": sha256(path)}
+
+
+def write_lines(path: Path, entries: Iterable[Sequence]) -> None:
+    """A JSON list per line."""
+    with atomic_file(path, "w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 def write_description(folder: Path, meta: StoreMeta, labels: np.ndarray, sources: Sequence[tuple[str, int]]) -> None:
     """Labels, the list of images and, last, meta.json: what makes a folder with shards a store."""
     with atomic_file(folder / LABELS_FILE) as file:
         np.save(file, labels.astype(np.int32))
-    with atomic_file(folder / IMAGES_FILE, "w") as file:
-        file.writelines(json.dumps(source) + "\n" for source in sources)
+    write_lines(folder / IMAGES_FILE, sources)
     hashes = {name: sha256(folder / name) for name in (LABELS_FILE, IMAGES_FILE)}
-    write_json(folder / META_FILE, replace(meta, files=hashes).to_json())
+    write_json(folder / META_FILE, asdict(replace(meta, files=hashes)))
 
 
 def give_final_name(partial: Path, folder: Path) -> None:
@@ -94,31 +96,39 @@ def give_final_name(partial: Path, folder: Path) -> None:
 def write_packed(
     folder: Path,
     meta: StoreMeta,
-    blocks: Iterable[np.ndarray],
+    read: Callable[[int, int], np.ndarray],
     labels: np.ndarray,
     sources: Sequence[tuple[str, int]] = (),
 ) -> CodeStore:
-    """A packed store from `blocks` of (n, crops, H·W) codes in order; shards as `meta.shards` counts them, if it does.
+    """A packed store of `read(start, stop)`: the (n, crops, H·W) codes of those images.
 
-    `meta.count`, `dtype`, `shards` and `files` are filled in here.
+    Shards are as `meta.shards` counts them, if it does; `meta.count`, `dtype`, `shards` and `files` are filled in here.
     """
-    partial = _free_partial_folder(folder)
-    counts = [shard["count"] for shard in meta.shards] or _shard_counts(len(labels))
-    rows = _Rows(blocks)
-    meta = replace(meta, layout=PACKED, count=len(labels))
-    shards = [
-        write_shard(partial / shard_name(number), count, meta.crops, meta.tokens, meta.dtype, rows.take(count))
-        for number, count in enumerate(counts)
+    partial, total = _free_partial_folder(folder), len(labels)
+    counts = [shard["count"] for shard in meta.shards] or [
+        min(SHARD_IMAGES, total - start) for start in range(0, total, SHARD_IMAGES)
     ]
-    write_description(partial, replace(meta, shards=shards), labels, sources)
+    shards, end = [], 0
+    for number, count in enumerate(counts):
+        first, end = end, end + count
+        blocks = (read(start, min(start + BLOCK_IMAGES, end)) for start in range(first, end, BLOCK_IMAGES))
+        shards.append(write_shard(partial / shard_name(number), count, meta, blocks))
+    meta = replace(meta, layout=PACKED, count=total, shards=shards)
+    write_description(partial, meta, labels, sources)
     give_final_name(partial, folder)
-    return CodeStore(folder, replace(meta, shards=shards))
+    return CodeStore(folder, meta)
 
 
 def write_published(folder: Path, store: CodeStore) -> None:
-    """The published layout: two small files an image, codes in `folder`, labels beside it; meta.json is an addition."""
-    check_published_place(folder, store.labels)
+    """The published layout: two small files per image, codes in `folder`, labels beside it; meta.json is an addition.
+
+    Raises `UserError`, before anything is written, for an unsuitable name, other labels, or another run's work.
+    """
+    if not folder.name.endswith("_codes"):
+        raise UserError(f"the published layout needs a folder whose name ends in _codes, not {folder.name}.")
     partial, labels_path = _free_partial_folder(folder), published_labels_path(folder)
+    if labels_path.exists() and not _holds_labels(labels_path, store.labels):
+        raise UserError(f"{labels_path} exists already and holds other labels; remove it or choose another path.")
     partial.mkdir(parents=True, exist_ok=True)
     with progress(description="publish", total=len(store), unit="images") as bar:
         for start, codes in store.blocks():
@@ -126,53 +136,25 @@ def write_published(folder: Path, store: CodeStore) -> None:
                 np.save(partial / f"{image}.npy", crops[None])
             bar.update(len(codes))
     if not labels_path.exists():  # a run killed just before the codes took their name leaves the same ones
-        _publish_labels(labels_path, store.labels.astype(np.int64))
+        partial_labels = partial_folder(labels_path)
+        partial_labels.mkdir(exist_ok=True)
+        for image, label in enumerate(store.labels.astype(np.int64)):
+            np.save(partial_labels / f"{image}.npy", label[None])
+        give_final_name(partial_labels, labels_path)
     write_description(partial, replace(store.meta, layout=PUBLISHED), store.labels, store.sources())
     give_final_name(partial, folder)
 
 
-def check_published_place(folder: Path, labels: np.ndarray) -> None:
-    """Refuse what `write_published` could not finish: an unsuitable name, other labels, another run's work."""
-    if not folder.name.endswith("_codes"):
-        raise UserError(f"the published layout needs a folder whose name ends in _codes, not {folder.name}.")
-    _free_partial_folder(folder)
-    labels_path = published_labels_path(folder)
+def _holds_labels(labels_path: Path, labels: np.ndarray) -> bool:
     files = (labels_path / f"{image}.npy" for image in range(len(labels)))
-    if labels_path.exists() and not all(
-        file.is_file() and np.load(file)[0] == label for file, label in zip(files, labels, strict=True)
-    ):
-        raise UserError(f"{labels_path} exists already and holds other labels; remove it or choose another path.")
+    return all(file.is_file() and np.load(file)[0] == label for file, label in zip(files, labels, strict=True))
 
 
 def _free_partial_folder(folder: Path) -> Path:
     partial = partial_folder(folder)
     if (partial / WORK_FOLDER).exists():
-        raise UserError(f"{partial} holds an interrupted extraction; finish it with its own command, remove it, or "
-                        "choose another path.")  # fmt: skip
+        raise UserError(
+            f"{partial} holds an interrupted extraction; finish it with its own command, remove it, or "
+            "choose another path."
+        )
     return partial
-
-
-def _publish_labels(labels_path: Path, labels: np.ndarray) -> None:
-    partial = partial_folder(labels_path)
-    partial.mkdir(exist_ok=True)
-    for image, label in enumerate(labels):
-        np.save(partial / f"{image}.npy", label[None])
-    give_final_name(partial, labels_path)
-
-
-def _shard_counts(count: int) -> list[int]:
-    return [min(SHARD_IMAGES, count - start) for start in range(0, count, SHARD_IMAGES)]
-
-
-class _Rows:
-    """Re-cuts a stream of blocks at other places."""
-
-    def __init__(self, blocks: Iterable[np.ndarray]):
-        self._blocks, self._rest = iter(blocks), None
-
-    def take(self, count: int) -> Iterable[np.ndarray]:
-        while count:
-            block = self._rest if self._rest is not None else next(self._blocks)
-            yield block[:count]
-            self._rest = block[count:] if len(block) > count else None
-            count -= min(count, len(block))

@@ -6,23 +6,41 @@ each finished block, every one of them complete or absent. In the end blocks are
 written last, and the folder takes its final name.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from dataset.code_store import META_FILE, WORK_FOLDER, StoreMeta, partial_folder, read_meta
-from dataset.code_writer import SHARD_IMAGES, give_final_name, shard_name, write_description, write_shard
-from dataset.image_folder import ImageFolder, PathList, UnreadableImage, load_rgb
-from utils.files import atomic_file, write_json
+from dataset.code_store import (
+    IMAGES_FILE,
+    META_FILE,
+    PLACES_FILE,
+    WORK_FOLDER,
+    StoreMeta,
+    partial_folder,
+    read_meta,
+    read_sources,
+)
+from dataset.code_writer import (
+    SHARD_IMAGES,
+    give_final_name,
+    shard_entry,
+    shard_name,
+    write_description,
+    write_lines,
+    write_shard,
+)
+from dataset.image_folder import ImageFolder, UnreadableImage, load_rgb
+from utils.files import atomic_file, lock_folder, write_json
 from utils.program import UserError
+from utils.settings import refuse_differences
 
 BLOCK_IMAGES = 1024  # at most: what a kill can lose, per rank
 UNREADABLE_FILE = "unreadable.jsonl"
@@ -36,6 +54,7 @@ class Job:
     folder: Path  # the store's final place
     meta: StoreMeta  # count: all images, the unreadable ones included
     batch_images: int
+    places: dict[str, str] = field(default_factory=dict)  # noted in the store: where its tokenizer and images lie
 
     @property
     def partial(self) -> Path:
@@ -46,9 +65,8 @@ class Job:
         return self.partial / WORK_FOLDER
 
     @property
-    def identity(self) -> dict:
-        """What a run that continues this one must share."""
-        return {**self.meta.settings, "block_images": self.block_images, "blocks_per_shard": self.blocks_per_shard}
+    def unreadable_path(self) -> Path:
+        return self.partial / UNREADABLE_FILE
 
     @property
     def block_images(self) -> int:
@@ -56,51 +74,38 @@ class Job:
         return self.batch_images * max(1, batches)
 
     @property
-    def blocks(self) -> int:
-        return -(-self.meta.count // self.block_images)
+    def blocks(self) -> range:
+        return range(-(-self.meta.count // self.block_images))
 
     @property
     def blocks_per_shard(self) -> int:
         return max(1, SHARD_IMAGES // self.block_images)
 
     @property
-    def shards(self) -> int:
-        return -(-self.blocks // self.blocks_per_shard)
+    def shards(self) -> list[range]:
+        """The blocks of each shard."""
+        return [self.blocks[i : i + self.blocks_per_shard] for i in self.blocks[:: self.blocks_per_shard]]
 
     def images_of(self, block: int) -> range:
-        start = block * self.block_images
-        return range(start, min(start + self.block_images, self.meta.count))
+        return range(self.meta.count)[block * self.block_images : (block + 1) * self.block_images]
 
     def batches_of(self, block: int) -> list[range]:
         images = self.images_of(block)
         return [images[start : start + self.batch_images] for start in range(0, len(images), self.batch_images)]
 
-    def blocks_of(self, shard: int) -> range:
-        start = shard * self.blocks_per_shard
-        return range(start, min(start + self.blocks_per_shard, self.blocks))
-
     def block_path(self, block: int) -> Path:
         return self.work / f"block-{block:06d}.npz"
 
-    def shard_done_path(self, shard: int) -> Path:
-        return self.work / f"shard-{shard:05d}.json"
+    def shard_path(self, shard: int) -> Path:
+        return self.partial / shard_name(shard)
 
-    def sources(self) -> list[tuple[str, int]]:
-        """(path relative to the image folder, bytes) of every image of the plan."""
-        with open(self.work / "images.jsonl") as file:
-            return [tuple(json.loads(line)) for line in file]
-
-    def image_folder(self, root: Path) -> ImageFolder:
-        """The images of the plan, without listing `root` once more."""
-        paths = [path for path, _ in self.sources()]
-        label_of = {name: label for label, name in enumerate(self.meta.class_names)}
-        labels = np.array([label_of[path.split(os.sep)[0]] for path in paths], np.int32)
-        return ImageFolder(root, self.meta.class_names, PathList(paths), labels)
+    @property
+    def sources_path(self) -> Path:
+        return self.work / IMAGES_FILE
 
     def pending_blocks(self) -> list[int]:
         names = {entry.name for entry in os.scandir(self.work)}
-        return [block for shard in range(self.shards) if self.shard_done_path(shard).name not in names
-                for block in self.blocks_of(shard) if self.block_path(block).name not in names]  # fmt: skip
+        return [block for block in self.blocks if self.block_path(block).name not in names]
 
     def write_block(self, block: int, codes: np.ndarray, bad: list[tuple[int, str]]) -> None:
         """`codes` (images, crops, H·W) of the block's readable images; `bad` are (image, reason) of the others."""
@@ -110,61 +115,41 @@ class Job:
 
     def bad_images(self) -> list[tuple[int, str]]:
         """(image, reason) of every unreadable image met so far, in order."""
-        bad = []
-        for shard in range(self.shards):
-            if self.shard_done_path(shard).exists():
-                bad += [tuple(entry) for entry in json.loads(self.shard_done_path(shard).read_text())["bad"]]
-            else:
-                blocks = [block for block in self.blocks_of(shard) if self.block_path(block).exists()]
-                bad += [entry for block in blocks for entry in self._bad_of(block)]
-        return bad
-
-    @property
-    def unreadable_path(self) -> Path:
-        return self.partial / UNREADABLE_FILE
+        pending = set(self.pending_blocks())
+        return [entry for block in self.blocks if block not in pending for entry in self._bad_of(block)]
 
     def write_unreadable(self, bad: list[tuple[int, str]]) -> None:
         """List (path, reason) of the unreadable images beside the unfinished store."""
-        sources = self.sources()
-        with atomic_file(self.unreadable_path, "w") as file:
-            file.writelines(json.dumps([sources[image][0], reason]) + "\n" for image, reason in bad)
+        sources = read_sources(self.sources_path)
+        write_lines(self.unreadable_path, ((sources[image][0], reason) for image, reason in bad))
 
-    def join_shard(self, shard: int) -> None:
-        """Write a shard from its blocks, then remove them; the shard's json marks that it is complete."""
-        if self.shard_done_path(shard).exists():
-            return
-        bad = [entry for block in self.blocks_of(shard) for entry in self._bad_of(block)]
-        count = sum(len(self.images_of(block)) for block in self.blocks_of(shard)) - len(bad)
-        entry = {"file": None, "count": 0}
-        if count:
-            codes = (self._read_block(block, "codes") for block in self.blocks_of(shard))
-            path, meta = self.partial / shard_name(shard), self.meta
-            entry = write_shard(path, count, meta.crops, meta.tokens, meta.dtype, codes)
-        write_json(self.shard_done_path(shard), {**entry, "bad": bad})
-        for block in self.blocks_of(shard):
-            self.block_path(block).unlink()
+    def join_shard(self, shard: int) -> dict | None:
+        """Write a shard from its blocks, unless it is there; its entry for meta.json, None if no image is readable."""
+        blocks, path = self.shards[shard], self.shard_path(shard)
+        count = sum(len(self.images_of(block)) - len(list(self._bad_of(block))) for block in blocks)
+        if path.exists() or not count:
+            return shard_entry(path, count) if count else None
+        return write_shard(path, count, self.meta, (self._read_block(block, "codes") for block in blocks))
 
-    def finish(self, labels: np.ndarray) -> StoreMeta:
+    def finish(self, labels: np.ndarray, shards: list[dict]) -> None:
         """Once every shard is joined: describe the store and give the folder its name. `labels` are of all images."""
-        shards = [json.loads(self.shard_done_path(shard).read_text()) for shard in range(self.shards)]
-        bad = {image: reason for shard in shards for image, reason in shard.pop("bad")}
+        bad, sources = dict(self.bad_images()), read_sources(self.sources_path)
         kept = [image for image in range(self.meta.count) if image not in bad]
-        shards = [shard for shard in shards if shard["count"]]
-        sources = self.sources()
         unreadable = [[sources[image][0], reason] for image, reason in bad.items()]
         meta = replace(self.meta, count=len(kept), unreadable=unreadable, shards=shards)
         write_description(self.partial, meta, labels[kept], [sources[image] for image in kept])
         self.clean_and_rename()
-        return meta
 
     def clean_and_rename(self) -> None:
+        if (self.work / PLACES_FILE).exists():
+            os.replace(self.work / PLACES_FILE, self.partial / PLACES_FILE)
         shutil.rmtree(self.work, ignore_errors=True)
         self.unreadable_path.unlink(missing_ok=True)
         give_final_name(self.partial, self.folder)
 
     def _bad_of(self, block: int) -> Iterator[tuple[int, str]]:
-        return zip(self._read_block(block, "bad_images").tolist(),
-                   self._read_block(block, "bad_reasons").tolist(), strict=True)  # fmt: skip
+        images, reasons = (self._read_block(block, name).tolist() for name in ("bad_images", "bad_reasons"))
+        return zip(images, reasons, strict=True)
 
     def _read_block(self, block: int, name: str) -> np.ndarray:
         with np.load(self.block_path(block), allow_pickle=False) as arrays:
@@ -173,110 +158,85 @@ class Job:
 
 def list_hash(sources: list[tuple[str, int]]) -> str:
     """Identity of a list of images: their relative paths, in order."""
-    digest = hashlib.sha256()
-    for path, _ in sources:
-        digest.update(os.fsencode(path) + b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(os.fsencode(path) + b"\0" for path, _ in sources)).hexdigest()
 
 
-def lock(job: Job) -> IO:
-    """Keep a second extraction out of the folder for as long as this process lives and holds the returned file."""
-    job.work.mkdir(parents=True, exist_ok=True)
-    file = open(job.work / "lock", "w")  # noqa: SIM115 (held open on purpose)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another extraction is writing to {job.partial}; wait for it or stop it.") from error
-    return file
+def open_job(job: Job, images: ImageFolder, sources: list[tuple[str, int]]) -> tuple[IO | None, list[int] | None]:
+    """Start or continue a job: the lock that keeps others out, and the blocks to encode (None: all are in the store).
 
-
-def open_job(job: Job, target: Path, root: Path, sources: list[tuple[str, int]]) -> tuple[IO | None, list[int] | None]:
-    """Begin the job or continue it: the lock to hold, and the blocks to encode (None when they are all in the store).
-
-    `target` is where the user will find the store (not `job.folder` where that is converted in the end), `root` where
-    the paths of `sources` start. Refuses a folder that was begun with other settings or images, saying what differs.
+    `sources` are the paths and sizes of `images`. Refuses a folder that was begun with other settings or images,
+    saying what differs.
     """
-    if any(_is_finished(folder, job) for folder in (target, job.folder)):
+    if _is_finished(job.folder, job):
         return None, None
-    if target.exists():
-        raise UserError(f"{target} exists without a {META_FILE} of this program; choose another --code-path.")
-    held = lock(job)
+    if job.folder.exists():
+        raise UserError(f"{job.folder} exists without a {META_FILE} of this program; choose another --code-path.")
+    job.work.mkdir(parents=True, exist_ok=True)
+    held = lock_folder(job.work, f"another extraction is writing to {job.partial}; wait for it or stop it.")
     if _is_finished(job.partial, job):  # it lacks only its name
         job.clean_and_rename()
         return held, None
-    _start_or_resume(job, root, sources)
-    return held, job.pending_blocks()
+    _start_or_resume(job, images, sources)
+    pending = job.pending_blocks()
+    for shard in {block // job.blocks_per_shard for block in pending}:  # joined before one of its images was repaired
+        job.shard_path(shard).unlink(missing_ok=True)
+    return held, pending
 
 
 def _is_finished(folder: Path, job: Job) -> bool:
     if not (folder / META_FILE).exists():
         return False
-    _refuse_other_settings(read_meta(folder / META_FILE).settings, job.meta.settings, folder)
+    _refuse_other_settings(folder, read_meta(folder / META_FILE).settings, job.meta.settings)
     return True
 
 
-def _start_or_resume(job: Job, root: Path, sources: list[tuple[str, int]]) -> None:
+def _start_or_resume(job: Job, images: ImageFolder, sources: list[tuple[str, int]]) -> None:
+    write_json(job.work / PLACES_FILE, job.places)
     plan = job.work / "plan.json"
+    mine = {**job.meta.settings, "block_images": job.block_images, "blocks_per_shard": job.blocks_per_shard}
     if not plan.exists():
-        write_images(job, sources)
-        write_json(plan, job.identity)
+        write_lines(job.sources_path, sources)
+        write_json(plan, mine)
         return
     there = json.loads(plan.read_text())
-    if there["image_list"] != job.meta.settings["image_list"]:
+    if there["image_list"] != mine["image_list"]:
         _refuse_other_images(job, sources)
-    _refuse_other_settings(there, job.identity, job.partial)
-    _accept_changed_images(job, sources)
-    _forget_repaired_images(job, root, sources)
+    _refuse_other_settings(job.partial, there, mine)
+    bad = job.bad_images()
+    _accept_changed_images(job, sources, dict(bad))
+    for image, _ in bad:
+        with suppress(UnreadableImage):
+            load_rgb(images.path(image))  # it has been repaired (its size may be the same): once more
+            job.block_path(image // job.block_images).unlink(missing_ok=True)
 
 
-def write_images(job: Job, sources: list[tuple[str, int]]) -> None:
-    with atomic_file(job.work / "images.jsonl", "w") as file:
-        file.writelines(json.dumps(source) + "\n" for source in sources)
-
-
-def _refuse_other_settings(there: dict, asked: dict, folder: Path) -> None:
-    different = [key for key in asked if there.get(key) != asked[key]]
-    if different:
-        changes = ", ".join(f"{key.replace('_', ' ')} {str(there.get(key))[:12]} there, {str(asked[key])[:12]} now"
-                            for key in different)  # fmt: skip
-        raise UserError(f"{folder} was extracted with other settings ({changes}); give the same ones, remove it, "
-                        "or choose another --code-path.")  # fmt: skip
+def _refuse_other_settings(folder: Path, there: dict, here: dict) -> None:
+    if there.get("precision") == "fp32":  # an older name
+        there = there | {"precision": "none"}
+    remedy = "give the same ones, remove it, or choose another --code-path"
+    refuse_differences(f"{folder} was extracted", there, here, remedy)
 
 
 def _refuse_other_images(job: Job, sources: list[tuple[str, int]]) -> None:
-    there, now = ({path for path, _ in listed} for listed in (job.sources(), sources))
+    there, now = ({path for path, _ in listed} for listed in (read_sources(job.sources_path), sources))
     added, removed = now - there, there - now
     changes = [f"{len(added)} added, such as {min(added)}"] if added else []
     changes += [f"{len(removed)} removed, such as {min(removed)}"] if removed else []
-    raise UserError(f"the images are not those with which {job.partial} was begun ({'; '.join(changes)}); "
-                    "restore them, or remove that folder to start anew.")  # fmt: skip
+    raise UserError(
+        f"the images are not those with which {job.partial} was begun ({'; '.join(changes)}); "
+        "restore them, or remove that folder to start anew."
+    )
 
 
-def _accept_changed_images(job: Job, sources: list[tuple[str, int]]) -> None:
+def _accept_changed_images(job: Job, sources: list[tuple[str, int]], bad: dict[int, str]) -> None:
     """An image may change until it is encoded, and while it cannot be read."""
-    changed = {image for image, (old, new) in enumerate(zip(job.sources(), sources, strict=True)) if old != new}
-    if not changed:
-        return
-    bad = {image for image, _ in job.bad_images()}
-    pending = set(job.pending_blocks())
-    encoded = [image for image in sorted(changed - bad) if image // job.block_images not in pending]
+    before, pending = read_sources(job.sources_path), set(job.pending_blocks())
+    changed = [image for image, (old, new) in enumerate(zip(before, sources, strict=True)) if old != new]
+    encoded = [image for image in changed if image not in bad and image // job.block_images not in pending]
     if encoded:
-        raise UserError(f"{sources[encoded[0]][0]} has changed since it was encoded ({len(encoded)} such images); "
-                        f"restore it, or remove {job.partial} to start anew.")  # fmt: skip
-    write_images(job, sources)
-
-
-def _forget_repaired_images(job: Job, root: Path, sources: list[tuple[str, int]]) -> None:
-    """The block of an image that was unreadable and no longer is (its size may be the same) is done again."""
-    for image, _ in job.bad_images():
-        block = job.block_path(image // job.block_images)
-        if block.exists() and _can_be_read(root / sources[image][0]):
-            block.unlink()
-
-
-def _can_be_read(path: Path) -> bool:
-    try:
-        load_rgb(path)
-    except UnreadableImage:
-        return False
-    return True
+        raise UserError(
+            f"{sources[encoded[0]][0]} has changed since it was encoded ({len(encoded)} such images); "
+            f"restore it, or remove {job.partial} to start anew."
+        )
+    if changed:
+        write_lines(job.sources_path, sources)

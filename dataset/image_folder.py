@@ -1,22 +1,24 @@
 """Image folders, `ROOT/CLASS/**/IMAGE`: their classes and images in torchvision's order, and reading one image as RGB.
 
-What is read how (tests/test_image_folder.py): every image becomes 8-bit RGB. Grayscale is repeated over the channels,
-CMYK converted, transparency dropped (the colours beneath stay), EXIF orientation ignored; so did the published
-pipeline. Unlike it, 16-bit grayscale keeps its upper 8 bits (the published conversion clips at 255: a white image).
+Archives of one (dataset/image_archives.py) are listed and read as the folder would be.
+
+What is read how (tests/unit/test_image_folder.py): every image becomes 8-bit RGB. Grayscale is repeated over the
+channels, CMYK converted, transparency dropped (the colours beneath stay), EXIF orientation ignored; so did the
+published pipeline. Unlike it, 16-bit grayscale keeps its upper 8 bits (there it is clipped at 255: a white image).
 """
 
 import os
 import struct
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 
+from dataset.image_archives import ArchivedImage, Members, archives_at, list_archives
 from utils.program import UserError
 
 MAX_ASPECT = 200  # with the shorter side scaled up, the longer one would fill the memory
@@ -58,21 +60,33 @@ class ImageFolder:
     class_names: list[str]
     paths: PathList  # relative to root
     labels: np.ndarray  # (images,) int32
+    archived: Members | None = None  # the images, where they lie in archives
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, self.paths[index])
+    def path(self, index: int) -> str | ArchivedImage:
+        """What `load_rgb` takes."""
+        return os.path.join(self.root, self.paths[index]) if self.archived is None else self.archived[index]
 
     def subset(self, images: np.ndarray) -> "ImageFolder":
         paths = PathList([self.paths[image] for image in images])
-        return ImageFolder(self.root, self.class_names, paths, self.labels[images])
+        archived = self.archived and Members([self.archived[image] for image in images], paths)
+        return ImageFolder(self.root, self.class_names, paths, self.labels[images], archived)
 
 
 def list_image_folder(root: str | Path) -> ImageFolder:
-    """Every image below `root`; its class is the name of the first folder. `UserError` if there is none."""
+    """Every image below `root`, or in the archives that it names; its class is the name of the first folder.
+
+    Raises `UserError` if there is none.
+    """
     root = Path(root)
+    if archives := archives_at(root):
+        class_names, names, labels, places = list_archives(archives, EXTENSIONS)
+        paths = PathList(names)
+        return ImageFolder(root, class_names, paths, np.array(labels, np.int32), Members(places, paths))
+    if root.is_file():
+        raise UserError(f"{root} is a file; --data-path is a folder of images per class, a .zip, or .tar shards.")
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; --data-path must hold one folder of images per class.")
     class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
@@ -103,20 +117,20 @@ def _refuse(error: OSError) -> NoReturn:
 def file_sizes(folder: ImageFolder) -> list[tuple[str, int]]:
     """(relative path, bytes) of every image, -1 for a link to nowhere; many at a time, for network file systems."""
 
-    def sizes(start: int) -> list[tuple[str, int]]:
-        images = range(start, min(start + STAT_IMAGES, len(folder)))
-        paths = [folder.path(image) for image in images]
-        return [(folder.paths[image], os.path.getsize(path) if os.path.exists(path) else -1)
-                for image, path in zip(images, paths, strict=True)]  # fmt: skip
+    def source(image: int) -> tuple[str, int]:
+        place = folder.path(image)
+        if isinstance(place, ArchivedImage):
+            return folder.paths[image], place.length
+        return folder.paths[image], os.path.getsize(place) if os.path.exists(place) else -1
 
-    with ThreadPoolExecutor(STAT_THREADS) as pool:
-        return list(chain.from_iterable(pool.map(sizes, range(0, len(folder), STAT_IMAGES))))
+    with ThreadPool(STAT_THREADS) as pool:
+        return pool.map(source, range(len(folder)), chunksize=STAT_IMAGES)
 
 
 def load_rgb(path: str | os.PathLike) -> Image.Image:
     """Decode an image file to 8-bit RGB as this file's first lines say; `UnreadableImage` where that fails."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path.open() if isinstance(path, ArchivedImage) else path) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise UnreadableImage(path, f"{image.width} × {image.height} pixels, beyond 1 : {MAX_ASPECT}")
             image.info.pop("transparency", None)  # it is dropped anyway; Pillow would warn about palettes

@@ -1,7 +1,7 @@
 """Images of a run that may be interrupted: a file on the disk that fills in any order, and becomes one `.npz`.
 
 `NAME.partial/` beside the result holds `run.json` (the settings), `images.u8` (all images, each at its place) and
-`done.u8` (one byte an image, set after its pixels are on the disk). Ranks write disjoint parts of the same files, so
+`done.u8` (one byte per image, set after its pixels are on the disk). Ranks write disjoint parts of the same files, so
 a run on many nodes needs a file system that they share. Memory stays that of one batch, however many images.
 """
 
@@ -17,6 +17,7 @@ from PIL import Image
 from utils.files import atomic_file, lock_folder, sync_folder, write_json
 from utils.program import UserError
 from utils.progress import progress
+from utils.settings import json_values, refuse_differences
 
 CHUNK_BYTES = 1 << 24
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date, so that equal results are equal files
@@ -48,8 +49,10 @@ class ImageStore:
         if not self.result.exists():
             return False
         if not self.report.exists():
-            raise UserError(f"{self.result} exists without the .settings.json that says how it was made; move it away "
-                            f"or {self._remedy}.")  # fmt: skip
+            raise UserError(
+                f"{self.result} exists without the .settings.json that says how it was made; move it away "
+                f"or {self._remedy}."
+            )
         self._refuse_other_settings(json.loads(self.report.read_text())["settings"], self.result)
         return True
 
@@ -96,12 +99,7 @@ class ImageStore:
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """Images `(len(indices), size, size, 3)` read back from the disk."""
-        with open(self.partial / "images.u8", "rb") as file:
-            rows = []
-            for index in indices:
-                file.seek(int(index) * self._image_bytes)
-                rows.append(np.frombuffer(file.read(self._image_bytes), dtype=np.uint8).reshape(self.shape))
-        return np.stack(rows)
+        return np.memmap(self.partial / "images.u8", np.uint8, "r", shape=(self.count, *self.shape))[indices]
 
     def write_pngs(self) -> None:
         """The complete result's images as `name/000000.png` and so on, unless they are there."""
@@ -159,9 +157,5 @@ class ImageStore:
                 np.lib.format.write_array(member, labels, allow_pickle=False)
 
     def _refuse_other_settings(self, other: dict, path: Path) -> None:
-        mine = json.loads(json.dumps(self.settings))
-        different = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
-        if different:
-            changes = ", ".join(f"{key} {other.get(key)} there and {mine.get(key)} here" for key in different[:3])
-            raise UserError(f"{path} is of another run with the same name ({changes}); move it away or "
-                            f"{self._remedy}.")  # fmt: skip
+        remedy = f"move it away or {self._remedy}"
+        refuse_differences(f"{path} was made by another run", other, json_values(self.settings), remedy)

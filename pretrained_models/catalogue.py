@@ -59,10 +59,7 @@ def published_config(path: str | Path) -> dict:
     """What the published file at `path` was trained as: one in `FOLDER`, or in any folder called pretrained_models."""
     place = Path(os.path.abspath(path))
     for name, file in PUBLISHED.items():
-        if place == Path(os.path.abspath(FOLDER / name)) or place.parts[-1 - len(Path(name).parts) :] == (
-            "pretrained_models",
-            *Path(name).parts,
-        ):
+        if place == Path(os.path.abspath(FOLDER / name)) or place.match(f"pretrained_models/{name}"):
             return file.config
     return {}
 

@@ -3,14 +3,15 @@
 #   bash scripts/quickstart.sh [FOLDER]       default: quickstart/ in this checkout; the same command continues a run
 # Makes its own .venv on first use; PYTHON=/path/to/python names a prepared interpreter.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 out=${1:-$root/quickstart}
 mkdir -p "$out"
-out=$(cd "$out" && pwd)
+out=$(readlink -f "$out")
 cd "$root"
 source scripts/setup.sh
-setup_python requirements-dev.txt
+setup_python requirements-quickstart.txt 6
 : >"$out/steps.tsv"
+unset PYTHONOPTIMIZE
 export PYTHON PYTHONPATH=$root NNODES=1 NPROC_PER_NODE=${NPROC_PER_NODE:-1}
 
 step() { # step NAME COMMAND…: show the command, run it, note its seconds
@@ -30,7 +31,7 @@ vq=(--vq-model VQ-Tiny --vq-ckpt "$out/tokenizer/digits/checkpoints/last.pt" --c
 gpt=(--gpt-model GPT-Tiny --image-size 32 --downsample-size 4 --num-classes 10)
 codes=("${vq[@]}" --dataset digits --image-size 32 --ten-crop --crop-range 1.1 --no-mirror)
 
-step "data" "$PYTHON" -m dataset.digits --output "$digits"
+step "data" "$PYTHON" -m dataset.embedded digits --output "$digits"
 step "classifier" "$PYTHON" -m evaluations.c2i.train_classifier --data-path "$digits/train" --val-data-path "$digits/test" \
     --image-size 32 --output "$out/classifier.pt2"
 step "tokenizer" bash scripts/tokenizer/train_vq.sh --data-path "$digits/train" --results-dir "$out/tokenizer" \
@@ -54,6 +55,6 @@ step "sampling" bash scripts/autoregressive/sample_c2i.sh "${vq[@]}" --gpt-ckpt 
     "${gpt[@]}" --image-size-eval 32 --cfg-scale 2.0 --num-fid-samples 1000 --per-proc-batch-size 100 \
     --sample-dir "$out/samples"
 samples=$out/samples/GPT-Tiny-last-size-32-size-32-VQ-Tiny-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz
-step "evaluation" "$PYTHON" evaluations/c2i/evaluator.py "$out/reconstructions/train-originals.npz" "$samples" \
+step "evaluation" bash scripts/evaluate.sh "$out/reconstructions/train-originals.npz" "$samples" \
     --features "$out/classifier.pt2" --report "$out/evaluation"
 "$PYTHON" -m scripts.quickstart_report "$out" "$samples"

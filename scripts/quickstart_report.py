@@ -1,10 +1,6 @@
-"""The end of scripts/quickstart.sh: a table on screen, a labelled grid of samples, and report.json.
-
-python -m scripts.quickstart_report FOLDER SAMPLES.npz
-"""
+"""The end of scripts/quickstart.sh: a table on screen, a labelled grid of samples, and report.json."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +8,27 @@ import numpy as np
 from autoregressive.sample.pictures import captioned_rows
 from utils.files import atomic_file, write_json
 from utils.program import run
+from utils.settings import REQUIRED, parse, setting, settings
 
 COLUMNS, SCALE = 16, 2
+METRICS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+
+
+@settings("quickstart")
+class ReportSettings:
+    folder: Path = setting(REQUIRED, "folder of the quickstart", flag="folder", changes_result=False)
+    samples: Path = setting(REQUIRED, "its samples, an .npz", flag="samples", changes_result=False)
 
 
 def main() -> None:
-    folder, samples = Path(sys.argv[1]), Path(sys.argv[2])
+    chosen = parse(ReportSettings, "Print, draw and write what the quickstart has found.")
+    folder, samples = chosen.folder, chosen.samples
     seconds = dict(line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines())
     report = {
         "seconds": {name: int(value) for name, value in seconds.items()},
@@ -53,7 +64,7 @@ def losses(path: Path) -> dict:
 
 
 def grid_of_classes(images: np.ndarray, labels: np.ndarray):
-    """The first images of each class, a row a class, enlarged."""
+    """The first images of each class, one class per row, enlarged."""
     rows = [images[labels == label][:COLUMNS] for label in np.unique(labels)]
     return captioned_rows(np.stack(rows).repeat(SCALE, 2).repeat(SCALE, 3), [str(label) for label in np.unique(labels)])
 
@@ -68,9 +79,7 @@ def table(report: dict) -> str:
     lines += [("tokenizer: codes used", f"{report['tokenizer']['code_usage']:.0%}")]
     lines += [(f"GPT: {name.replace('_', ' ')}", f"{value:.4f}") for name, value in report["gpt"].items()]
     lines += [("samples recognised as their class", f"{scores['recognised']:.1%}")]
-    named = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "precision": "Precision",
-             "recall": "Recall"}  # fmt: skip
-    lines += [(f"{named[name]} (digit classifier)", f"{scores[name]:.3f}") for name in named]
+    lines += [(f"{METRICS[name]} (digit classifier)", f"{scores[name]:.3f}") for name in METRICS]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value.rjust(10)}" for name, value in lines)
 

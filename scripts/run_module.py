@@ -3,12 +3,20 @@
 python scripts/run_module.py MODULE [ARGUMENTS…]        with the project's folder on PYTHONPATH
 """
 
+import importlib.util
 import runpy
 import sys
 
-from utils.program import start_worker
+from utils.program import end_with_launcher
 
 if __name__ == "__main__":
-    start_worker()
+    end_with_launcher()
+    if importlib.util.find_spec("torch") is None:
+        print(
+            f"error: {sys.executable} has no PyTorch; start programs by scripts/*.sh, which find .venv, activate it, "
+            "or name an interpreter in the variable PYTHON.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""The ADM metrics written out plainly in NumPy and SciPy, as the evaluator's tests compare against them."""
+"""The evaluator's metrics written out plainly in NumPy and SciPy, as its tests compare against them."""
 
 import numpy as np
 import scipy.linalg
@@ -50,3 +50,23 @@ def precision_recall(reference: np.ndarray, sample: np.ndarray, dtype: type = np
     precision = (between <= radii(reference)[:, None]).any(0).mean()
     recall = (between <= radii(sample)[None]).any(1).mean()
     return float(precision), float(recall)
+
+
+def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
+    """Unbiased MMD² of features (m, D) and (n, D) with the kernel (x·y/D + 1)³ (arXiv 1801.01401)."""
+    kernel = lambda x, y: (float(x.astype(np.float64) @ y.astype(np.float64)) / len(x) + 1) ** 3  # noqa: E731
+    within = [
+        np.mean([kernel(x, y) for i, x in enumerate(features) for j, y in enumerate(features) if i != j])
+        for features in (first, second)
+    ]
+    return float(within[0] + within[1] - 2 * np.mean([kernel(x, y) for x in first for y in second]))
+
+
+def density_coverage(reference: np.ndarray, sample: np.ndarray, k: int = 5) -> tuple[float, float]:
+    """Density and Coverage (arXiv 2002.09797), with the open balls of the authors' code."""
+    distances = lambda x, others: np.linalg.norm(others.astype(np.float64) - x.astype(np.float64), axis=1)  # noqa: E731
+    counts = [
+        (distances(real, sample) < np.sort(distances(real, np.delete(reference, i, axis=0)))[k - 1]).sum()
+        for i, real in enumerate(reference)
+    ]
+    return float(np.sum(counts) / (k * len(sample))), float(np.mean(np.array(counts) > 0))

@@ -62,8 +62,9 @@ FLOAT = integer(6, 1)
 
 
 def constant(name: str, array: np.ndarray, repeated: bool = False) -> bytes:
-    return node("Const", name, dtype=integer(6, {"float32": 1, "int32": 3}[array.dtype.name]),
-                value=tensor(array, repeated))  # fmt: skip
+    return node(
+        "Const", name, dtype=integer(6, {"float32": 1, "int32": 3}[array.dtype.name]), value=tensor(array, repeated)
+    )
 
 
 class InceptionGraph:
@@ -91,8 +92,9 @@ class InceptionGraph:
         path.write_bytes(self.content())
         return path
 
-    def _convolution(self, name: str, source: str, width: int, kernel: tuple[int, int], stride: int = 1,
-                     padding: str = "SAME") -> str:  # fmt: skip
+    def _convolution(
+        self, name: str, source: str, width: int, kernel: tuple[int, int], stride: int = 1, padding: str = "SAME"
+    ) -> str:
         inputs, outputs = self.channels[source], max(8, width // self.narrower)
         scale = np.sqrt(2 / (kernel[0] * kernel[1] * inputs))
         weight = self.random.standard_normal((*kernel, inputs, outputs), dtype=np.float32) * np.float32(scale)
@@ -101,18 +103,31 @@ class InceptionGraph:
         moments = [f"{norm}/{part}" for part in ("moving_mean", "moving_variance", "beta", "gamma")]
         self.nodes += [
             constant(f"{name}/conv2d_params", weight, self.repeated),
-            node("Conv2D", f"{name}/Conv2D", [source, f"{name}/conv2d_params"], T=FLOAT,
-                 strides=integers([1, stride, stride, 1]), padding=text(2, padding), use_cudnn_on_gpu=integer(5, 1)),
+            node(
+                "Conv2D",
+                f"{name}/Conv2D",
+                [source, f"{name}/conv2d_params"],
+                T=FLOAT,
+                strides=integers([1, stride, stride, 1]),
+                padding=text(2, padding),
+                use_cudnn_on_gpu=integer(5, 1),
+            ),
             constant(moments[2], near(0)),
             constant(moments[3], near(1)),
             constant(moments[0], near(0)),
             constant(moments[1], np.abs(near(1))),
-            node("BatchNormWithGlobalNormalization", norm, [f"{name}/Conv2D", *moments], T=FLOAT,
-                 variance_epsilon=float_number(4, 0.001), scale_after_normalization=integer(5, 1)),
+            node(
+                "BatchNormWithGlobalNormalization",
+                norm,
+                [f"{name}/Conv2D", *moments],
+                T=FLOAT,
+                variance_epsilon=float_number(4, 0.001),
+                scale_after_normalization=integer(5, 1),
+            ),
             node("CheckNumerics", f"{name}/CheckNumerics", [norm], T=FLOAT, message=text(2, "not finite")),
             node("Identity", f"{name}/control_dependency", [norm, f"^{name}/CheckNumerics"], T=FLOAT),
             node("Relu", name, [f"{name}/control_dependency"], T=FLOAT),
-        ]  # fmt: skip
+        ]
         self.channels[name] = outputs
         return name
 
@@ -127,9 +142,16 @@ class InceptionGraph:
     def _pool(self, operation: str, name: str, source: str, kernel: int, stride: int, padding: str) -> str:
         kind = {} if operation == "MaxPool" else {"T": FLOAT}
         self.nodes.append(
-            node(operation, name, [source], ksize=integers([1, kernel, kernel, 1]), padding=text(2, padding),
-                 strides=integers([1, stride, stride, 1]), **kind)
-        )  # fmt: skip
+            node(
+                operation,
+                name,
+                [source],
+                ksize=integers([1, kernel, kernel, 1]),
+                padding=text(2, padding),
+                strides=integers([1, stride, stride, 1]),
+                **kind,
+            )
+        )
         self.channels[name] = self.channels[source]
         return name
 
@@ -227,8 +249,14 @@ class InceptionGraph:
             node("Reshape", "pool_3/_reshape", [pooled, "pool_3/_reshape/shape"], T=FLOAT),
             constant("softmax/weights", weight, self.repeated),
             constant("softmax/biases", self.random.standard_normal(1008, dtype=np.float32), self.repeated),
-            node("MatMul", "softmax/logits/MatMul", ["pool_3/_reshape", "softmax/weights"], T=FLOAT,
-                 transpose_a=integer(5, 0), transpose_b=integer(5, 0)),
+            node(
+                "MatMul",
+                "softmax/logits/MatMul",
+                ["pool_3/_reshape", "softmax/weights"],
+                T=FLOAT,
+                transpose_a=integer(5, 0),
+                transpose_b=integer(5, 0),
+            ),
             node("BiasAdd", "softmax/logits", ["softmax/logits/MatMul", "softmax/biases"], T=FLOAT),
             node("Softmax", "softmax", ["softmax/logits"], T=FLOAT),
-        ]  # fmt: skip
+        ]

@@ -59,10 +59,8 @@ def run_main(main: Callable[[], None], arguments: list[str], world_size: int = 1
 
             sys.argv = ["program", *map(str, arguments)]
             if world_size > 1:
-                os.environ |= {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                }  # fmt: skip
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
             run(main)
 
         return work

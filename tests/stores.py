@@ -24,6 +24,7 @@ def make_store(
     crop_range: float = 1.1,
     seed: int = 0,
     shards: tuple[int, ...] = (),
+    tokenizer_hash: str = "0" * 64,
 ) -> CodeStore:
     """A packed store of random codes in `folder` (named `{dataset}{image_size}_codes`); labels go 0, 1, 2, 3, 0, …"""
     meta = StoreMeta(
@@ -36,9 +37,9 @@ def make_store(
         codebook_size=codebook_size,
         num_classes=num_classes,
         class_names=[f"class_{number}" for number in range(num_classes)],
-        tokenizer={"name": "VQ-Tiny", "hash": "0" * 64, "weights": "raw"},
+        tokenizer={"name": "VQ-Tiny", "hash": tokenizer_hash, "weights": "raw"},
         shards=[{"count": images} for images in shards],
     )
     codes = random_codes(count, crops, grid, codebook_size, seed)
     sources = [(f"class_{image % num_classes}/{image}.png", 100 + image) for image in range(count)]
-    return write_packed(folder, meta, [codes[:7], codes[7:]], np.arange(count) % num_classes, sources)
+    return write_packed(folder, meta, lambda start, stop: codes[start:stop], np.arange(count) % num_classes, sources)

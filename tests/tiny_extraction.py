@@ -10,7 +10,7 @@ from PIL import Image
 from autoregressive.train import extract_codes_c2i
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
-CLASSES, IMAGES = ("ant", "bee", "cat"), 8  # images a class
+CLASSES, IMAGES = ("ant", "bee", "cat"), 8  # images per class
 CODEBOOK = 64
 
 
@@ -36,9 +36,16 @@ def make_tokenizer(path: Path, seed: int = 0) -> Path:
 def arguments(data: Path, codes: Path, tokenizer: Path, *more: str) -> list[str]:
     """Ten crops at 16 px; blocks of two images."""
     flags = {
-        "--data-path": data, "--code-path": codes, "--vq-model": "VQ-Tiny", "--vq-ckpt": tokenizer,
-        "--codebook-size": CODEBOOK, "--dataset": "toy", "--image-size": 16, "--batch-size": 20, "--num-workers": 0,
-    }  # fmt: skip
+        "--data-path": data,
+        "--code-path": codes,
+        "--vq-model": "VQ-Tiny",
+        "--vq-ckpt": tokenizer,
+        "--codebook-size": CODEBOOK,
+        "--dataset": "toy",
+        "--image-size": 16,
+        "--batch-size": 20,
+        "--num-workers": 0,
+    }
     return [str(word) for flag in flags.items() for word in flag] + ["--ten-crop", *map(str, more)]
 
 

@@ -20,7 +20,7 @@ from tokenizer.tokenizer_image import vq_model
 def tiny_tokenizer(multiples):
     small = {"channels": 8, "z_channels": 8, "num_res_blocks": 1, "norm_groups": 4}
     shape = {"encoder_ch_mult": multiples, "decoder_ch_mult": multiples}
-    return lambda **settings: vq_model.VQModel(vq_model.ModelArgs(**small, **shape, **settings))
+    return lambda **settings: vq_model.VQModel(vq_model.ModelArgs(**(small | shape | settings)))
 
 
 def shrink() -> None:

@@ -7,13 +7,25 @@ from PIL import Image
 
 from tests.processes import run_main
 from tokenizer.tokenizer_image import vq_model, vq_setup, vq_train
-from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
+from tokenizer.tokenizer_image.vq_loss import PatchDiscriminator
 
-COMMAND = {  # 24 images, batch 8: 3 steps an epoch, 12 in all
-    "--vq-model": "VQ-Tiny", "--codebook-size": 64, "--codebook-embed-dim": 4, "--image-size": 32, "--epochs": 4,
-    "--global-batch-size": 8, "--lr": 1e-3, "--warmup-epochs": 1, "--perceptual-weight": 0, "--disc-start": 6,
-    "--mixed-precision": "none", "--log-every": 2, "--ckpt-every": 3, "--num-workers": 0, "--run-name": "run",
-}  # fmt: skip
+COMMAND = {  # 24 images, batch 8: 3 steps per epoch, 12 in all
+    "--vq-model": "VQ-Tiny",
+    "--codebook-size": 64,
+    "--codebook-embed-dim": 4,
+    "--image-size": 32,
+    "--epochs": 4,
+    "--global-batch-size": 8,
+    "--lr": 1e-3,
+    "--warmup-epochs": 1,
+    "--perceptual-weight": 0,
+    "--disc-start": 6,
+    "--mixed-precision": "none",
+    "--log-every": 2,
+    "--ckpt-every": 3,
+    "--num-workers": 0,
+    "--run-name": "run",
+}
 
 
 def tiny_images(folder: Path, count: int = 24) -> Path:
@@ -31,7 +43,7 @@ def smaller_tokenizer(**settings) -> vq_model.VQModel:
     """Stands in for VQ-Tiny: in a fork, or under monkeypatch."""
     small = {"channels": 8, "z_channels": 8, "num_res_blocks": 1, "norm_groups": 4}
     multiples = {"encoder_ch_mult": [1, 1, 2], "decoder_ch_mult": [1, 1, 2]}
-    return vq_model.VQModel(vq_model.ModelArgs(**small, **multiples, **settings))
+    return vq_model.VQModel(vq_model.ModelArgs(**small | multiples | settings))
 
 
 def smaller_discriminator(channels: int = 64, layers: int = 3) -> PatchDiscriminator:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,22 +43,30 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path, refusal: str) -> IO | None:
-    """Lock `folder` for this process until it ends or closes the file returned; None where there are no locks.
+def lock_folder(folder: Path, refusal: str) -> IO:
+    """Lock `folder` for this process until it ends or closes the file returned.
 
     Raises `UserError(refusal)` if another process holds it.
     """
-    file = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+    file = lock(folder / ".lock", refusal)
+    held = weakref.ref(file)  # workers that outlive a killed process must not hold it, too
+    os.register_at_fork(after_in_child=lambda: held() and held().close())
+    return file
+
+
+def lock(path: Path, refusal: str) -> IO:
+    """Open the file `path` to append to it, alone; file systems without locks let everybody in.
+
+    Raises `UserError(refusal)` if another process has it open so.
+    """
+    file = open(path, "ab")  # noqa: SIM115 - held open as long as the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
         raise UserError(refusal) from error
-    except OSError:  # a file system without locks
-        file.close()
-        return None
-    file.write(str(os.getpid()))
-    file.flush()
+    except OSError:
+        pass
     return file
 
 

@@ -3,16 +3,20 @@
 import ctypes
 import errno
 import os
+import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
 USER_ERROR_STATUS = 2
-# The launcher names a file here; the first rank that meets a user error creates it, so that the sentence is printed
-# once, the other ranks (whose collectives then fail) stay silent, and elastic restarts do not repeat the mistake.
+# The launcher names a file here. The first rank that meets a user error writes its sentence there, so that it is
+# printed once; the other ranks (whose collectives then fail) stay silent, and the launcher ends them all.
 ERROR_MARKER = "NPP_USER_ERROR_FILE"
 LAUNCHER_PID = "NPP_LAUNCHER_PID"
+NEWS_SECONDS = 5  # what a user error takes at most to become known on the other nodes
 
 
 class UserError(Exception):
@@ -22,32 +26,35 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main`: the last line of every entry point.
 
-    A `UserError`, a full disk, a full GPU and a refused permission print one sentence and exit with status 2; Ctrl-C
-    exits with 130; anything else is a bug and keeps its traceback.
+    A `UserError`, a full disk, a full GPU and the like print one sentence and exit with status 2; Ctrl-C exits with
+    130, a closed pipe at the output with 141, in silence; anything else is a bug and keeps its traceback.
     """
     keep_memory_between_steps()
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         _report(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
+            _report("", 128 + signal.SIGPIPE)
         sentence = _system_sentence(error)
         if sentence:
             _report(f"error: {sentence}")
-        if _reported():  # another rank has said what is wrong; this failure only follows from it
+        # Another rank has said what is wrong; this failure only follows from it.
+        if user_error_reported(several_nodes=os.environ.get("GROUP_WORLD_SIZE", "1") != "1"):
             _leave(USER_ERROR_STATUS)
         raise
 
 
-def start_worker() -> None:
-    """First of all in torchrun's processes: end now if a mistake has been reported, and later if torchrun is killed."""
-    if _reported():  # restarted after a mistake that a restart cannot mend
-        sys.exit(USER_ERROR_STATUS)
+def end_with_launcher() -> None:
+    """Kill this process when torchrun is killed, whose worker it is (on Linux)."""
     if "LOCAL_RANK" in os.environ and LAUNCHER_PID in os.environ:
-        with suppress(OSError, AttributeError):  # Linux only
+        with suppress(OSError, AttributeError):
             PR_SET_PDEATHSIG = 1
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != int(os.environ[LAUNCHER_PID]):  # it was killed before
@@ -75,37 +82,63 @@ def keep_memory_between_steps() -> None:
             mallopt(number, value)
 
 
+SYSTEM_SENTENCES = {
+    errno.ENOSPC: "the disk is full{where}; free some space and run the same command again.",
+    errno.EDQUOT: "the disk quota is used up{where}; free some space and run the same command again.",
+    errno.EFBIG: "a file grows larger than the file system or `ulimit -f` allows{where}; write to another place.",
+    errno.ENOMEM: "the memory is not enough{where}; use smaller batches, or free what other programs hold.",
+    errno.EACCES: "no permission to write or read{where}; choose another path or change its permissions.",
+    errno.ELOOP: "symlinks lead in a circle{where}; mend them, or name another path.",
+    errno.ENAMETOOLONG: "a name is too long for the file system{where}; give a shorter one.",
+    errno.ENOTDIR: "a folder is needed where there is a file{where}; name another path.",
+    errno.EISDIR: "a file is needed where there is a folder{where}; name another path.",
+}
+SYSTEM_SENTENCES |= dict.fromkeys((errno.EPERM, errno.EROFS), SYSTEM_SENTENCES[errno.EACCES])
+
+
 def _system_sentence(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every program imports
-        return ("the GPU's memory is not enough; use smaller batches (in training more --gradient-accumulation-steps "
-                "leave the result as it is), or free what other programs hold.")  # fmt: skip
-    if not isinstance(error, OSError):
+        return (
+            "the GPU's memory is not enough; use smaller batches (in training more --gradient-accumulation-steps "
+            "leave the result as it is), or free what other programs hold."
+        )
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if not isinstance(error, OSError | MemoryError) or number not in SYSTEM_SENTENCES:
         return None
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{where}; free some space and run the same command again."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write or read{where}; choose another path or change its permissions."
-    return None
+    path = getattr(error, "filename", None)
+    return SYSTEM_SENTENCES[number].format(where=f" ({path})" if path else "")
 
 
-def _reported() -> bool:
+def _output_is_closed() -> bool:
+    """Whether the reader of a pipe at the standard output has gone."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def user_error_reported(several_nodes: bool = False) -> bool:
+    """Whether a rank has met a user error; one on another node becomes known a moment later."""
     marker = os.environ.get(ERROR_MARKER)
+    end = time.monotonic() + (NEWS_SECONDS if several_nodes else 0)
+    while marker and not os.path.exists(marker) and time.monotonic() < end:
+        time.sleep(0.1)
     return bool(marker) and os.path.exists(marker)
 
 
-def _report(sentence: str) -> None:
+def _report(sentence: str, status: int = USER_ERROR_STATUS) -> NoReturn:
     marker = os.environ.get(ERROR_MARKER)
-    try:
-        if marker:
-            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    if marker:
+        try:
+            with open(marker, "x") as file:
+                file.write(sentence + "\n")
+        except FileExistsError:
+            _leave(status)
+    if sentence:
         print(sentence, file=sys.stderr)
-    except FileExistsError:
-        pass
-    _leave(USER_ERROR_STATUS)
+    _leave(status)
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     """Exit; in a process group at once, because tearing it down waits for ranks that may never come."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -32,6 +32,7 @@ def progress(
         total=total,
         initial=done,
         unit=unit,
+        unit_scale=unit == "B",
         disable=not show,
         dynamic_ncols=True,
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if own_time_left else None,

@@ -1,49 +1,39 @@
 """Decoding images token by token with a key-value cache, classifier-free guidance, top-k and top-p.
 
-On the CPU each token runs eagerly over exactly the part of the cache that is filled. On a GPU every shape is static:
+models/parallel.py draws the same codes several at a time.
+
+On the CPU each token runs eagerly over the part of the cache that is filled. On a GPU every shape is static:
 the cache is read in `LENGTHS` growing lengths, and the whole step of each (transformer, guidance, filtering, draw) is
 one CUDA graph, so that nothing between two tokens waits for Python or allocates.
 
-Letters in shapes: B images, R rows (2B while guided: conditional, then unconditional), D width, V codes, N tokens.
+Letters in shapes: B images, R rows (2B while guided: conditional, then unconditional), D width, V codes, N tokens,
+C positions of the condition.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
-from autoregressive.models.filtering import draw_codes, filter_logits
-from autoregressive.models.gpt import Transformer, TransformerBlock
-from autoregressive.models.guidance import guidance_scales, guided_tokens
+from autoregressive.models.gpt import Transformer, TransformerBlock, causal_attention
+from autoregressive.models.sampling import (
+    Sampling,
+    draw_codes,
+    draw_gumbel,
+    filter_logits,
+    guidance_scales,
+    guided_tokens,
+    gumbel_noise,
+)
 
 LENGTHS = 8  # of the cache on a GPU: shorter reads against more graphs to capture
+# On the CPU the cache is read to a multiple of this: an attention kernel that sums in vectors of up to 16 numbers then
+# rounds the same however far it reads.
+LENGTH_STEP = 16
+NOISE_AHEAD = 2**25  # Gumbel numbers made before the first token, on a CPU: at most this many (128 MiB)
+NOISE_AT_ONCE = 2**16
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn; raises `ValueError` for values out of range."""
-
-    cfg_scale: float = 1.0  # 1: no guidance
-    cfg_interval: int = -1  # n > -1: tokens after the first n + 2 are unguided
-    cfg_schedule: str = "constant"
-    cfg_power: float = 1.0  # of the power-cosine schedule
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all codes
-    top_p: float = 1.0
-    sample_logits: bool = True  # False: the likeliest code
-
-    def __post_init__(self):
-        for name, value, valid, expected in (
-            ("cfg_scale", self.cfg_scale, self.cfg_scale >= 1, "at least 1 (1: no guidance)"),
-            ("cfg_interval", self.cfg_interval, self.cfg_interval >= -1, "-1 (guide all tokens) or more"),
-            ("cfg_power", self.cfg_power, self.cfg_power > 0, "above 0"),
-            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (all codes) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} is {value}; it must be {expected}")
-        guidance_scales(self.cfg_schedule, self.cfg_scale, 1, self.cfg_power)
+Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def compile_repeatably(function: Callable) -> Callable:
@@ -67,16 +57,24 @@ def generate(
     cfg_power: float = 1.0,
     uniforms: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Codes `(B, max_new_tokens)` int64 for class labels `cond` `(B,)`.
+    """Codes `(B, max_new_tokens)` int64 for class labels `cond` `(B,)`, or what the model's conditioning takes.
 
     `uniforms` `(B, max_new_tokens)` float64 in [0, 1) decides every draw; by default it comes from PyTorch's generator
     of the model's device. Raises `ValueError` for settings out of range and for labels the model has no class for,
     `FloatingPointError` if the model's logits are not finite.
     """
-    sampling = Sampling(cfg_scale, cfg_interval, cfg_schedule, cfg_power, temperature, top_k, top_p, sample_logits)
+    sampling = Sampling(
+        cfg_scale=cfg_scale,
+        cfg_interval=cfg_interval,
+        cfg_schedule=cfg_schedule,
+        cfg_power=cfg_power,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        sample_logits=sample_logits,
+    )
     generator = CodeGenerator(model, len(cond), max_new_tokens, sampling)
-    if cond.min() < 0 or cond.max() >= model.cls_embedding.embedding_table.num_embeddings:
-        raise ValueError(f"labels must lie in 0..{model.args.num_classes - 1}")
+    model.cls_embedding.check(cond)
     if uniforms is None:
         uniforms = torch.rand(len(cond), max_new_tokens, dtype=torch.float64, device=generator.device)
     codes = generator(cond, uniforms)
@@ -85,10 +83,20 @@ def generate(
 
 
 class CodeGenerator:
-    """Generates `length` codes for batches of one size; caches, compiled kernels and CUDA graphs are made once."""
+    """Generates `length` codes for batches of one size; caches, compiled kernels and CUDA graphs are made once.
+
+    `draw` turns guided and filtered logits `(B, V)`, uniform numbers `(B,)` and the tokens' places, `(1, 1)` or
+    `(B, 1)`, into codes `(B,)`, as `draw_codes` does; by default `sampling.draw` says which.
+    """
 
     def __init__(
-        self, model: Transformer, batch_size: int, length: int, sampling: Sampling, compile: bool = False
+        self,
+        model: Transformer,
+        batch_size: int,
+        length: int,
+        sampling: Sampling,
+        compile: bool = False,
+        draw: Draw | None = None,
     ) -> None:
         args = model.args
         if not 0 < length <= args.block_size:
@@ -97,109 +105,189 @@ class CodeGenerator:
         if self.guided and not args.class_dropout_prob:
             raise ValueError("this model has no null class (class_dropout_prob is 0) and cannot be guided")
         self.model, self.sampling = model, sampling
+        self.draw = draw or {"inverse-cdf": draw_codes, "gumbel": draw_gumbel}[sampling.draw]
         self.batch_size, self.length = batch_size, length
         weight = model.tok_embeddings.weight
         self.device, dtype = weight.device, weight.dtype
         self.on_gpu = self.device.type == "cuda"
-        self.length_step = -(-args.block_size // (8 * LENGTHS)) * 8  # masks are aligned to 8 elements
+        self.before = args.cls_token_num - 1  # positions that are filled before the first code is drawn
+        positions = self.before + args.block_size
+        # masks on a GPU are aligned to 8 elements
+        self.length_step = -(-positions // (8 * LENGTHS)) * 8 if self.on_gpu else LENGTH_STEP
 
         rows = 2 * batch_size if self.guided else batch_size
-        capacity = -(-args.block_size // self.length_step) * self.length_step
+        capacity = -(-positions // self.length_step) * self.length_step
         shape = (args.n_layer, rows, args.n_kv_head, capacity, args.head_dim)
         with self.device:
             self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-            self.x = torch.zeros(rows, args.dim, dtype=dtype)  # embeddings of the last codes, at first of the classes
-            self.position = torch.zeros(1, dtype=torch.int64)
+            self.x = torch.zeros(rows, args.dim, dtype=dtype)  # embeddings of the last codes
+            self.token = torch.zeros(1, dtype=torch.int64)  # number of the code to draw
             self.positions = torch.arange(capacity)
-            self.uniforms = torch.zeros(batch_size, length, dtype=torch.float64)
+            self.causal = torch.full((capacity, capacity), -torch.inf, dtype=dtype).triu(1)  # what scores are added to
+            self.randomness = self._room_for_randomness()
             self.codes = torch.zeros(batch_size, length, dtype=torch.int64)
+            self.known = torch.full((batch_size, length), -1)
             self.finite = torch.ones((), dtype=torch.bool)
         scales = guidance_scales(sampling.cfg_schedule, sampling.cfg_scale, length, sampling.cfg_power)
         self.scales = scales.to(self.device)
 
         compiled = compile_repeatably if compile else lambda function: function
-        self._before_attention = compiled(TransformerBlock.before_attention)
+        self._before_attention = compiled(self._project_and_store)
         self._after_attention = compiled(TransformerBlock.after_attention)
         self._pick_codes = compiled(CodeGenerator._next_codes)  # unbound: a bound method would keep `self` alive
-        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._graphs: dict[tuple, Callable[[], None]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
+    def _room_for_randomness(self) -> torch.Tensor:
+        """`(B, N)` for uniform numbers, or on the CPU, if not too large, `(B, N, V)` for the noise made from them."""
+        shape, vocab_size = (self.batch_size, self.length), self.model.args.vocab_size
+        if self.draw is draw_gumbel and not self.on_gpu and self.batch_size * self.length * vocab_size <= NOISE_AHEAD:
+            return torch.zeros(*shape, vocab_size)
+        return torch.zeros(shape, dtype=torch.float64)
+
     @torch.no_grad()
-    def __call__(self, labels: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """Codes `(B, N)` for `labels` `(B,)` and `uniforms` `(B, N)` float64; on a GPU returns before they are done."""
+    def __call__(self, cond: torch.Tensor, uniforms: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes `(B, N)` for `cond` `(B, …)` and `uniforms` `(B, N)` float64; on a GPU returns before they are done.
+
+        `known` `(B, N)` int64: codes that are given and kept, -1 where one is to be drawn.
+        """
         training = self.model.training
         self.model.eval()
         try:
             with torch.autocast(self.device.type, enabled=False):
-                self.start(labels, uniforms)
-                for token in range(self.length):
-                    self.step(token)
+                for _ in self.passes(cond, uniforms, known):
+                    pass
         finally:
             self.model.train(training)
         return self.codes.clone()
+
+    @torch.no_grad()
+    def passes(self, cond: torch.Tensor, uniforms: torch.Tensor, known: torch.Tensor | None = None) -> Iterator[int]:
+        """`__call__` a pass of the model at a time, the model being in eval mode and without autocast.
+
+        Each gives the number of codes, from the first, that are then final in `codes` for all images.
+        """
+        self.start(cond, uniforms, known)
+        for token in range(self.length):
+            self.step(token)
+            yield token + 1
 
     def check_finite(self) -> None:
         """Raise `FloatingPointError` if any logits so far were not finite; waits for the device."""
         if not self.finite:
             raise FloatingPointError("the model's logits are not finite")
 
-    def start(self, labels: torch.Tensor, uniforms: torch.Tensor) -> None:
-        """Begin a batch; `step` is then called for each token, from 0. `__call__` is both."""
-        labels = labels.to(self.device, non_blocking=True)
+    def start(self, cond: torch.Tensor, uniforms: torch.Tensor, known: torch.Tensor | None = None) -> None:
+        """Begin a batch; `step` is then called for each token, from 0. `passes` is both."""
+        cond, dropped = cond.to(self.device, non_blocking=True), None
         if self.guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.model.args.num_classes)])
-        self.x.copy_(self.model.cls_embedding.embedding_table(labels))
-        self.uniforms.copy_(uniforms, non_blocking=True)
-        self.position.zero_()
+            cond = torch.cat([cond, cond])
+            dropped = torch.arange(len(cond), device=self.device) >= self.batch_size
+        condition = self.model.cls_embedding(cond, dropped).to(self.x.dtype)  # (R, C, D)
+        if self.before:
+            self._prefill(condition[:, :-1])
+        self.x.copy_(condition[:, -1])
+        if self.randomness.dim() == 2:
+            self.randomness.copy_(uniforms, non_blocking=True)
+        else:
+            some = max(1, NOISE_AT_ONCE // self.randomness.shape[-1])
+            parts = zip(uniforms.flatten().split(some), self.randomness.flatten(0, 1).split(some), strict=True)
+            for part, room in parts:
+                room.copy_(gumbel_noise(part, room.shape[-1]))
+        self.some_known = known is not None
+        if self.some_known:
+            self.known.copy_(known, non_blocking=True)
+        self.token.zero_()
+
+    def _prefill(self, x: torch.Tensor) -> None:
+        """Fill the cache with the condition's positions but the last, `x` `(R, C - 1, D)`, all at once."""
+        positions = self.positions[: x.shape[1]]
+        rope = self.model.rope_1[positions]
+        for i, layer in enumerate(self.model.layers):
+            keys, values = self.keys[i], self.values[i]
+            query = CodeGenerator._project_and_store(layer, x, rope, keys, values, positions)
+            own = slice(0, x.shape[1])
+            x = layer.after_attention(x, causal_attention(query, keys[:, :, own], values[:, :, own], 0.0))
 
     def step(self, token: int) -> None:
-        guided = token < self.guided
-        if not self.on_gpu:
-            self._decode_token(token + 1, guided)
-            return
-        length = (token // self.length_step + 1) * self.length_step
-        if replay := self._graphs.get((length, guided)):
+        self._run(self.before + token + 1, token < self.guided)
+
+    def _run(self, filled: int, guided: bool) -> None:
+        """One pass of the model over at least `filled` positions; on a GPU as a graph, captured at its first use."""
+        length = -(-filled // self.length_step) * self.length_step
+        settings = (length, guided, self.some_known)
+        if replay := self._graphs.get(settings):
             replay()
             return
-        self._decode_token(length, guided)  # does this token's work and loads its kernels; capturing executes nothing
-        self._graphs[length, guided] = self._capture(length, guided)
+        self._decode(*settings)  # does this pass's work and loads its kernels; capturing executes nothing
+        if self.on_gpu:
+            self._graphs[settings] = self._capture(*settings)
 
-    def _capture(self, length: int, guided: bool) -> Callable[[], None]:
+    def _capture(self, *settings) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # "thread_local": the thread that decodes images meanwhile may allocate and wait
         with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-            self._decode_token(length, guided)
+            self._decode(*settings)
         return graph.replay
 
-    def _decode_token(self, length: int, guided: bool) -> None:
+    def _decode(self, length: int, guided: bool, some_known: bool) -> None:
         """One token of every image, from `self.x` to `self.codes` and the next `self.x`, reading `length` positions."""
         rows = 2 * self.batch_size if guided else self.batch_size
         x = self.x[:rows].unsqueeze(1)
-        rope = self.model.rope_1[self.position]
-        mask = None  # on the CPU the length is exactly what is filled
-        if self.on_gpu:
-            future = self.positions[:length] > self.position
-            mask = torch.zeros(1, 1, 1, length, dtype=x.dtype, device=self.device).masked_fill_(future, -torch.inf)
+        position = self.token + self.before
+        mask = self.causal[:, :length].index_select(0, position)
+        x = self._through_layers(x, self.model.rope_1.index_select(0, position), position, mask, rows)
+        randomness = self.randomness.index_select(1, self.token).squeeze(1)
+        codes, finite = self._pick_codes(self, x.squeeze(1), guided, self.token.unsqueeze(1), randomness)
+        self.finite.logical_and_(finite)
+        if some_known:
+            known = self.known.index_select(1, self.token).squeeze(1)
+            codes = torch.where(known < 0, codes, known)
+        self.codes.index_copy_(1, self.token, codes.unsqueeze(1))
+        self.x[:rows].unflatten(0, (-1, self.batch_size)).copy_(self.model.tok_embeddings(codes))
+        self.token += 1
+
+    def _through_layers(
+        self, x: torch.Tensor, rope: torch.Tensor, places, mask: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        """Output of the last layer for `x`, whose keys and values go into the first `rows` of the cache at `places`."""
+        length = mask.shape[-1]
         for i, layer in enumerate(self.model.layers):
             keys, values = self.keys[i, :rows], self.values[i, :rows]
-            query = self._before_attention(layer, x, rope, keys, values, self.position)
-            attended = layer.attention.attend(query, keys[:, :, :length], values[:, :, :length], mask)
+            query = self._before_attention(layer, x, rope, keys, values, places)
+            attended = self._attend(query, keys[:, :, :length], values[:, :, :length], mask)
             x = self._after_attention(layer, x, attended)
-        codes, finite = self._pick_codes(self, x, guided)
-        self.finite.logical_and_(finite)
-        self.codes.index_copy_(1, self.position, codes.unsqueeze(1))
-        embedded = self.model.tok_embeddings(codes)
-        self.x[:rows] = torch.cat([embedded, embedded]) if guided else embedded
-        self.position += 1
+        return x
 
-    def _next_codes(self, x: torch.Tensor, guided: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes `(B,)` after the last layer's output `x` `(R, 1, D)`, and whether all logits are finite."""
-        logits = self.model.output(self.model.norm(x)).squeeze(1).float()
+    def _next_codes(
+        self, x: torch.Tensor, guided: bool, tokens: torch.Tensor, randomness: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `(K,)` after the last layer's output `x` `(K or 2K, D)`, and whether all logits are finite.
+
+        `tokens` `(1, 1)` or `(K, 1)` are the codes' places, `randomness` `(K, …)` is what they are drawn from.
+        """
+        logits = self.model.output(self.model.norm(x)).float()
         if guided:
             conditional, unconditional = logits.chunk(2)
-            logits = unconditional + (conditional - unconditional) * self.scales[self.position]
+            logits = unconditional + (conditional - unconditional) * self.scales.take(tokens)
+            if len(tokens) > 1:  # where guidance ends within them
+                logits = torch.where(tokens < self.guided, logits, conditional)
         finite = logits.amax(-1).isfinite().all()
         if not self.sampling.sample_logits:
             return logits.argmax(-1), finite
         logits = filter_logits(logits, self.sampling.temperature, self.sampling.top_k, self.sampling.top_p)
-        return draw_codes(logits, self.uniforms.index_select(1, self.position).squeeze(1)), finite
+        return self.draw(logits, randomness, tokens), finite
+
+    @staticmethod
+    def _project_and_store(layer: TransformerBlock, x, rope, keys, values, positions) -> torch.Tensor:
+        """Queries of `x` `(R, T, D)`; keys and values go into the cache `(R, heads, S, head_dim)` at `positions`."""
+        query, key, value = layer.before_attention(x, rope)
+        keys.index_copy_(2, positions, key)
+        values.index_copy_(2, positions, value)
+        return query
+
+    @staticmethod
+    def _attend(query, keys, values, mask) -> torch.Tensor:
+        """Queries `(R, n_head, 1, head_dim)` over `(R, n_kv_head, S, head_dim)`; `mask` is added to the scores."""
+        grouped = query.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)

@@ -1,58 +1,80 @@
-"""The transformer: LlamaGen's class-conditional GPT (arXiv 2406.06525), with its weight names.
+"""The transformer: LlamaGen's GPT over image codes (arXiv 2406.06525), with its weight names.
 
-Letters in shapes: B images, T positions, D width, V codes in the codebook, S positions in the
-key-value cache (models/generate.py).
+Letters in shapes: B images, T positions, D width, V codes in the codebook, N patches, S positions in the key-value
+cache (models/generate.py).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autoregressive.models.patch import check_patch_side, patch_codes, patch_loss
-from autoregressive.models.rope import apply_rope, rope_table
+from autoregressive.models.conditioning import Conditioning, LabelEmbedder
+from autoregressive.models.losses import patch_loss
+from autoregressive.models.patch import check_patch_side, patch_codes, patch_embeddings
+from utils.settings import option, recipe, settings
 
 
-@dataclass
+def _size(default: int | None, help: str = "follows from --gpt-model"):
+    return recipe(default, help, at_least=1, flag=None)
+
+
+@settings("model")
 class ModelArgs:
-    dim: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int | None = None  # fewer key/value heads than heads: grouped-query attention
-    multiple_of: int = 256  # the feed-forward width is rounded up to it
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    """Everything that builds the model; a checkpoint records all of it. A field with a flag is a flag of the trainer.
 
-    token_dropout_p: float = 0.1
-    attn_dropout_p: float = 0.0
-    resid_dropout_p: float = 0.1
-    ffn_dropout_p: float = 0.1
-    drop_path_rate: float = 0.0  # of the last layer; grows linearly from 0 at the first
+    Raises `ValueError` for sizes that do not fit together.
+    """
 
-    num_classes: int = 1000
-    class_dropout_prob: float = 0.1  # above 0 adds the null class, index num_classes
-    vocab_size: int = 16384
-    block_size: int = 256  # codes an image
-    grid: tuple[int, int] | None = None  # rows and columns of codes; default: the square of block_size
-    model_type: str = "c2i"
-    cls_token_num: int = 1
-    activation_checkpointing: bool = False  # recompute each layer in backward
+    dim: int = _size(768)
+    n_layer: int = _size(12)
+    n_head: int = _size(12)
+    n_kv_head: int | None = _size(None, "fewer key/value heads than heads: grouped-query attention")
+    multiple_of: int = _size(256, "the feed-forward width is rounded up to a multiple")
+    rope_base: float = recipe(10000.0, "base of the rotary frequencies", above=0, flag=None)
+    norm_eps: float = recipe(1e-5, "epsilon of RMSNorm", above=0, flag=None)
+    initializer_range: float = recipe(0.02, "std of the initial weights", at_least=0, flag=None)
+
+    token_dropout_p: float = recipe(0.1, "dropout of the embeddings", at_least=0, below=1)
+    attn_dropout_p: float = recipe(0.0, "dropout of the attention weights", at_least=0, below=1, flag=None)
+    resid_dropout_p: float = recipe(
+        0.1, "dropout of the outputs of attention and feed-forward layers", at_least=0, below=1, flag="--dropout-p"
+    )
+    ffn_dropout_p: float = recipe(0.1, "set together with resid_dropout_p", at_least=0, below=1, flag="--dropout-p")
+    drop_path_rate: float = recipe(
+        0.0,
+        "stochastic depth (arXiv 1603.09382) of the last layer, growing linearly from 0 at the first",
+        at_least=0,
+        below=1,
+    )
+
+    num_classes: int = recipe(1000, "classes of the data", at_least=1)
+    class_dropout_prob: float = recipe(
+        0.1,
+        "share of images trained under the null class; 0 leaves a model without classifier-free guidance",
+        at_least=0,
+        at_most=1,
+        flag="--class-dropout-p",
+    )
+    vocab_size: int = recipe(16384, "codes in the codebook of the tokenizer", at_least=1)
+    block_size: int = _size(256, "codes per image")
+    grid: tuple[int, int] | None = _size(None, "rows and columns of codes; default: the square of block_size")
+    model_type: str = recipe("c2i", "class-conditional", choices=("c2i",), flag="--gpt-type")
+    cls_token_num: int = recipe(1, "positions that stand before the codes: 1 for a class label", at_least=1)
+    activation_checkpointing: bool = option(
+        False, "recompute layers in the backward pass: less memory, about a third more compute"
+    )
 
     def __post_init__(self):
-        if self.grid is None:
-            side = math.isqrt(self.block_size)
-            self.grid = (side, side)
-        self.grid = tuple(self.grid)
+        side = math.isqrt(self.block_size)
+        object.__setattr__(self, "grid", tuple(self.grid or (side, side)))
+        object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
         if math.prod(self.grid) != self.block_size:
             raise ValueError(f"a grid of {self.grid[0]}x{self.grid[1]} codes does not hold {self.block_size} codes")
-        if self.model_type != "c2i" or self.cls_token_num != 1:
-            raise ValueError("only class-conditional models (model_type='c2i', cls_token_num=1) exist here")
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
         if self.dim % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(
                 f"width {self.dim}, {self.n_head} heads and {self.n_kv_head} key/value heads do not divide"
@@ -65,22 +87,6 @@ class ModelArgs:
     @property
     def ffn_dim(self) -> int:
         return -(-int(2 * 4 * self.dim / 3) // self.multiple_of) * self.multiple_of
-
-
-class LabelEmbedder(nn.Module):
-    """Class labels to vectors; in training a label becomes the null class with probability `dropout_prob`."""
-
-    def __init__(self, num_classes: int, dim: int, dropout_prob: float):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), dim)
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
-
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, D)
-        if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
-            labels = torch.where(dropped, self.num_classes, labels)
-        return self.embedding_table(labels)
 
 
 class RMSNorm(nn.Module):
@@ -117,33 +123,15 @@ class Attention(nn.Module):
         self.attn_dropout_p = args.attn_dropout_p
         self.resid_dropout = nn.Dropout(args.resid_dropout_p)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        """Causal attention over `x` `(B, T, D)`."""
-        q, k, v = self._project(x, rope)
-        out = causal_attention(q, k, v, self.attn_dropout_p if self.training else 0.0)
-        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
-
-    def store(self, x, rope, keys, values, position):
-        """Write the key and value of one position `x` `(B, 1, D)` into the cache; return its query."""
-        q, k, v = self._project(x, rope)
-        keys.index_copy_(2, position, k)
-        values.index_copy_(2, position, v)
-        return q
-
-    def attend(self, q, keys, values, mask):
-        """Queries `(B, n_head, 1, head_dim)` over `(B, n_kv_head, S, head_dim)`; `mask` is added to the scores."""
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=self._grouped)
-        return out.transpose(1, 2).flatten(2)
-
-    @property
-    def _grouped(self) -> bool:
-        return self.n_kv_head != self.n_head
-
-    def _project(self, x, rope):  # -> q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim)
-        q, k, v = (
-            self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split([self.n_head, self.n_kv_head, self.n_kv_head], 2)
-        )
+    def project(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query `(B, n_head, T, head_dim)`, key and value `(B, n_kv_head, T, head_dim)` of `x` `(B, T, D)`."""
+        heads = [self.n_head, self.n_kv_head, self.n_kv_head]
+        q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, 2)
         return apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2), v.transpose(1, 2)
+
+    def combine(self, attended: torch.Tensor) -> torch.Tensor:
+        """`(B, n_head, T, head_dim)` of all heads to `(B, T, D)`."""
+        return self.resid_dropout(self.wo(attended.transpose(1, 2).flatten(2)))
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
@@ -180,26 +168,36 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attention(self.attention_norm(x), rope))
+        q, k, v = self.before_attention(x, rope)
+        dropout_p = self.attention.attn_dropout_p if self.training else 0.0
+        return self.after_attention(x, causal_attention(q, k, v, dropout_p))
+
+    # Decoding (models/generate.py) puts its cache between these two. What grows with the position is the attention
+    # alone, so that each of the two is compiled once for all layers and all positions.
+    def before_attention(self, x: torch.Tensor, rope: torch.Tensor):
+        return self.attention.project(self.attention_norm(x), rope)
+
+    def after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attention.combine(attended))
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
-
-    # Decoding one position is split around the attention, whose length grows: the parts on both sides have one
-    # shape for a whole image, so that each is compiled once for all layers and all positions.
-    def before_attention(self, x, rope, keys, values, position):
-        return self.attention.store(self.attention_norm(x), rope, keys, values, position)
-
-    def after_attention(self, x, attended):
-        x = x + self.attention.wo(attended)
-        return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
-    """Predicts image codes in raster order from a class label, as patches of any side that tiles the grid."""
+    """Predicts image codes in raster order after a condition, as patches of any side that tiles the grid.
 
-    def __init__(self, args: ModelArgs):
+    `conditioning` makes the module that stands before the image, `loss` is what `targets` are compared by.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        conditioning: Callable[[ModelArgs], Conditioning] = LabelEmbedder,
+        loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = patch_loss,
+    ):
         super().__init__()
         self.args = self.config = args
-        self.cls_embedding = LabelEmbedder(args.num_classes, args.dim, args.class_dropout_prob)
+        self.loss = loss
+        self.cls_embedding = conditioning(args)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.tok_dropout = nn.Dropout(args.token_dropout_p)
         drop_path_step = args.drop_path_rate / max(1, args.n_layer - 1)
@@ -214,7 +212,8 @@ class Transformer(nn.Module):
         """(Re)compute the rotary tables, on the CPU or the current `torch.device`: they are not in the state dict."""
         height, width = self.args.grid
         for side in (s for s in range(1, min(self.args.grid) + 1) if height % s == 0 and width % s == 0):
-            table = rope_table(height // side, width // side, self.args.head_dim, self.args.rope_base)
+            grid, before = (height // side, width // side), self.args.cls_token_num
+            table = rope_table(*grid, self.args.head_dim, self.args.rope_base, before)
             self.register_buffer(f"rope_{side}", table, persistent=False)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -226,29 +225,65 @@ class Transformer(nn.Module):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Teacher-forced pass over whole images, the same in train and eval mode but for dropout.
 
-        `idx` `(B, H*W)` codes, `cond_idx` `(B,)` labels. Position `i` sees the class and the patches before `i`.
-        Returns `(logits, None)`, logits `(B, H*W/patch_side**2, V)` in float32; with `targets` `(B, H*W)` (the codes
-        again) `(None, loss)`, the loss of `patch_loss`. Raises `ValueError` if patches do not tile the grid.
+        `idx` `(B, H*W)` codes, `cond_idx` `(B,)` labels, or what another conditioning takes. Patch `i` is predicted
+        from the condition and the patches before `i`. Returns `(logits, None)`, logits `(B, H*W/patch_side**2, V)` in
+        float32; with `targets` `(B, H*W)` (the codes again) `(None, loss)`. Raises `ValueError` if patches do not tile
+        the grid.
         """
         check_patch_side(self.args.grid, patch_side)
         if idx.shape[1] != self.args.block_size:
-            raise ValueError(f"expected {self.args.block_size} codes an image, got {idx.shape[1]}")
-        patches = self.tok_embeddings(patch_codes(idx, self.args.grid, patch_side)).mean(2)  # (B, H*W/side**2, D)
-        x = torch.cat([self.cls_embedding(cond_idx).unsqueeze(1), patches[:, :-1]], dim=1)
-        x = self.tok_dropout(x)
+            raise ValueError(f"expected {self.args.block_size} codes per image, got {idx.shape[1]}")
+        condition = self.cls_embedding(cond_idx, self._dropped_conditions(idx))  # (B, cls_token_num, D)
+        patches = patch_embeddings(self.tok_embeddings(patch_codes(idx, self.args.grid, patch_side)))  # (B, N, D)
+        x = self.tok_dropout(torch.cat([condition, patches[:, :-1]], dim=1))
         rope = getattr(self, f"rope_{patch_side}")[: x.shape[1]]
         for layer in self.layers:
             if self.args.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, use_reentrant=False)
             else:
                 x = layer(x, rope)
+        x = x[:, condition.shape[1] - 1 :]  # (B, N, D): the last position of the condition predicts the first patch
         if targets is None:
             return self.output(self.norm(x)).float(), None
         return None, self.head_loss(x, patch_codes(targets, self.args.grid, patch_side))
 
     def head_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of `targets` `(B, N, k)` from the last layer's output `(B, N, D)`."""
-        return patch_loss(self.norm(x), self.output.weight, targets)
+        return self.loss(self.norm(x), self.output.weight, targets)
+
+    def _dropped_conditions(self, idx: torch.Tensor) -> torch.Tensor | None:
+        """In training, `(B,)` bool: which images learn the null condition of classifier-free guidance."""
+        if not self.training or self.args.class_dropout_prob == 0:
+            return None
+        return torch.rand(idx.shape[0], device=idx.device) < self.args.class_dropout_prob
+
+
+def rope_table(height: int, width: int, head_dim: int, base: float = 10000.0, before: int = 1) -> torch.Tensor:
+    """Cosines and sines for `before` positions of the condition and a raster-ordered grid, in float32.
+
+    2-D rotary position embedding (RoFormer, arXiv 2104.09864, on rows and columns). Returns
+    `(before + height*width, head_dim/2, 2)`. The first half of the frequencies turns with the row, the second with the
+    column. The condition's rows are all zero, which zeroes its query and key: published weights were trained so.
+    """
+    if head_dim % 4:
+        raise ValueError(f"a 2-D rotary table needs a head size divisible by 4, got {head_dim}")
+    axis_dim = head_dim // 2
+    frequencies = 1.0 / base ** (torch.arange(0, axis_dim, 2, dtype=torch.float32) / axis_dim)  # (head_dim/4,)
+    rows = torch.arange(height, dtype=torch.float32)[:, None] * frequencies
+    columns = torch.arange(width, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.cat(
+        [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1
+    )  # (height, width, head_dim/2)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(0, 1)
+    return torch.cat([torch.zeros_like(table[:1]).expand(before, -1, -1), table])
+
+
+def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring channel pairs of `x` `(B, T, heads, head_dim)` by `table` `(T, head_dim/2, 2)`."""
+    cos, sin = table[:, None].unbind(-1)  # (T, 1, head_dim/2)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, head_dim/2)
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return rotated.flatten(-2).type_as(x)
 
 
 GPT_SIZES = {  # name: (layers, heads, width)
@@ -264,10 +299,13 @@ GPT_SIZES = {  # name: (layers, heads, width)
 }
 
 
-def model_args(name: str, **settings) -> ModelArgs:
-    """Settings of the published size `name`."""
+def model_args(name: str, settings: ModelArgs | None = None, **changes) -> ModelArgs:
+    """Settings of the published size `name`, the rest from `settings` (default: the published ones) and `changes`."""
     n_layer, n_head, dim = GPT_SIZES[name]
-    return ModelArgs(n_layer=n_layer, n_head=n_head, dim=dim, **settings)
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_kv_head": None, "dim": dim}
+    if "block_size" in changes:
+        sizes["grid"] = None  # its square, unless `changes` says otherwise
+    return replace(settings or ModelArgs(), **(sizes | changes))
 
 
 def _constructor(name: str):

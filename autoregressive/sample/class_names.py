@@ -1,5 +1,6 @@
 """Classes by name: those the checkpoint carries, or ImageNet's 1,000."""
 
+import difflib
 import re
 
 from utils.program import UserError
@@ -16,24 +17,46 @@ def class_names(num_classes: int, recorded: tuple[str, ...] | None) -> list[str]
     return [str(label) for label in range(num_classes)]
 
 
-def parse_classes(text: str, names: list[str]) -> list[int]:
+def caption(label: int, names: list[str]) -> str:
+    """What stands beside images of a class."""
+    return names[label] if names[label] == str(label) else f"{label} {names[label]}"
+
+
+def parse_classes(text: str, names: list[str], flag: str = "--classes") -> list[int]:
     """Labels of a comma-separated list of labels and names, such as `207,red panda`. Raises `UserError`.
 
     A name may be shortened as long as it fits one class only; a name that several classes share asks for the label.
     """
-    return [_label(entry.strip(), names) for entry in text.split(",") if entry.strip()] or _label("", names)
+    return [_label(entry.strip(), names, flag) for entry in text.split(",") if entry.strip()] or _label("", names, flag)
 
 
-def _label(entry: str, names: list[str]) -> int:
+def _label(entry: str, names: list[str], flag: str) -> int:
     if re.fullmatch("-?[0-9]+", entry):
         if not 0 <= int(entry) < len(names):
-            raise UserError(f"there is no class {entry}; --classes takes labels 0 to {len(names) - 1}, or names.")
+            raise UserError(f"there is no class {entry}; {flag} takes labels 0 to {len(names) - 1}, or names.")
         return int(entry)
     wanted = entry.lower()
     matches = [label for label, name in enumerate(names) if name.lower() == wanted]
     matches = matches or [label for label, name in enumerate(names) if wanted and wanted in name.lower()]
     if len(matches) != 1:
-        found = ", ".join(f"{label} ({names[label]})" for label in matches[:8])
-        fits = f"several classes: {found}" if matches else "no class"
-        raise UserError(f"{entry!r} fits {fits}; give --classes labels 0 to {len(names) - 1}, or names.")
+        if matches:
+            fits = f"several classes: {_listed(matches, names)}"
+        else:
+            near = _similar(wanted, names)
+            fits = f"no class; similar are {_listed(near, names)}" if near else "no class"
+        raise UserError(f"{entry!r} fits {fits}; give {flag} labels 0 to {len(names) - 1}, or names.")
     return matches[0]
+
+
+def _similar(wanted: str, names: list[str]) -> list[int]:
+    """Labels of the names that are nearest in spelling, best first; of a name of several words, any may be meant."""
+    spellings = [(name.lower(), *re.split(r"[\W_]+", name.lower())) for name in names]
+    near = difflib.get_close_matches(wanted, {word for words in spellings for word in words}, n=4, cutoff=0.7)
+    return sorted(
+        (label for label, words in enumerate(spellings) if set(near) & set(words)),
+        key=lambda label: min(near.index(word) for word in spellings[label] if word in near),
+    )
+
+
+def _listed(labels: list[int], names: list[str]) -> str:
+    return ", ".join(f"{label} ({names[label]})" for label in labels[:8])

@@ -18,6 +18,14 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
     return grid
 
 
+def rows_of_classes(labels: np.ndarray, rows: int = 8, columns: int = 8) -> np.ndarray:
+    """`(≤ rows, ≤ columns)` images, by their place in `labels` `(N,)`: a row for each of a few classes."""
+    held = np.unique(labels)
+    shown = held[np.arange(min(rows, len(held))) * len(held) // min(rows, len(held))]
+    images = [np.flatnonzero(labels == label)[:columns] for label in shown]
+    return np.stack([row[: min(map(len, images))] for row in images])
+
+
 def captioned_rows(images: np.ndarray, captions: list[str]) -> Image.Image:
     """Images `(rows, columns, H, W, 3)` uint8, each row with its caption on the left."""
     rows, columns, height, _, _ = images.shape

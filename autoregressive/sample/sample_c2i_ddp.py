@@ -4,137 +4,144 @@
         --image-size 256 --cfg-scale 2.0
 """
 
-import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from autoregressive.models.generate import CodeGenerator, Sampling
+from autoregressive.models.generate import CodeGenerator
+from autoregressive.models.load import GPTSettings
+from autoregressive.models.sampling import Sampling
 from autoregressive.sample.batch_size import fitting_batch_size
-from autoregressive.sample.options import add_model_options, add_sampling_options, check_options, sampling_of
-from autoregressive.sample.pictures import image_grid
-from autoregressive.sample.pipeline import IMAGES_DECODED_AT_ONCE, Pipeline
+from autoregressive.sample.class_names import caption, class_names
+from autoregressive.sample.pictures import captioned_rows, rows_of_classes
+from autoregressive.sample.pipeline import IMAGES_DECODED_AT_ONCE, ComputeSettings, Pipeline, checkpoint_name
 from autoregressive.sample.seeds import image_labels, image_uniforms
 from dataset.image_store import ImageStore
+from tokenizer.tokenizer_image.load import TokenizerSettings
+from utils.commands import command
+from utils.component import identities
 from utils.distributed import World, init_world
-from utils.files import atomic_file, sha256
+from utils.files import atomic_file
 from utils.program import UserError, run
 from utils.progress import progress
+from utils.settings import MAX_SEED, identity, option, parse, recipe, settings, with_defaults
 
-PREVIEW_IMAGES = 64
 PATIENCE = timedelta(hours=12)  # ranks without work wait for those that sample, and for the `.npz`
 
 
+@settings("images")
+class ImagesSettings:
+    num_fid_samples: int = recipe(50000, "images to sample", at_least=1)
+    image_size_eval: int = recipe(256, "pixels per side that images are resized to", at_least=1)
+    random_labels: bool = recipe(False, "labels at random, as published, instead of the same number of each class")
+    seed: int = recipe(
+        0, "image i of a seed is the same in any run", at_least=0, at_most=MAX_SEED, flag="--global-seed"
+    )
+    per_proc_batch_size: int | None = option(
+        None, "images at once in each process (default: as many as free memory holds)", at_least=1
+    )
+    sample_dir: str = option("samples", "folder of the result")
+    png: bool = option(False, "write the images as PNG files too")
+
+    def labels(self, indices: np.ndarray, num_classes: int) -> np.ndarray:
+        return image_labels(indices, num_classes, self.seed, balanced=not self.random_labels)
+
+
+@settings("sampling for FID")
+class SampleSettings:
+    gpt: GPTSettings
+    tokenizer: TokenizerSettings
+    compute: ComputeSettings
+    sampling: with_defaults(Sampling, cfg_scale=1.5)
+    images: ImagesSettings
+
+
 def main() -> None:
-    args = parse_arguments()
-    sampling = sampling_of(args)
+    chosen = parse(SampleSettings, __doc__.split("\n")[0])
+    images, sampling = chosen.images, chosen.sampling
     world = init_world(PATIENCE)
-    pipeline = Pipeline(args, world.device, args.image_size_eval)
+    pipeline = Pipeline(chosen.gpt, chosen.tokenizer, chosen.compute, world.device, images.image_size_eval)
+    decided_by = {}
+    if world.is_main:
+        decided_by = identity(sampling) | identity(images) | pipeline.identity() | identities(sampler=sampling.sampler)
     store = ImageStore(
-        Path(args.sample_dir), result_name(args), image_settings(args, sampling, pipeline) if world.is_main else {},
-        args.num_fid_samples, args.image_size_eval,
-    )  # fmt: skip
+        Path(images.sample_dir),
+        result_name(chosen, pipeline),
+        decided_by,
+        images.num_fid_samples,
+        images.image_size_eval,
+    )
     if world.is_main:
         print(pipeline.describe(), flush=True)
     if not world.broadcast(world.is_main and store.is_complete()):
-        batch_size = agree_on_batch_size(args, sampling, pipeline, store, world)
+        batch_size = agree_on_batch_size(images, sampling, pipeline, store, world)
         started = time.time()
-        sample(args, sampling, pipeline, store, world, batch_size)
+        sample(images, sampling, pipeline, store, world, batch_size)
         if world.is_main:
-            finish(args, store, {"batch_size": batch_size, "processes": world.size, "device": device_name(world),
-                                 "seconds": round(time.time() - started, 1)})  # fmt: skip
+            report = {"batch_size": batch_size, "processes": world.size, "device": device_name(world)}
+            report |= {"seconds": round(time.time() - started, 1), "torch": torch.__version__}
+            finish(
+                images, pipeline, store, report | {"gpt_ckpt": chosen.gpt.gpt_ckpt, "vq_ckpt": chosen.tokenizer.vq_ckpt}
+            )
     world.barrier()
     if world.is_main:
         store.remove_partial()
-        if args.png:
+        if images.png:
             store.write_pngs()
-        print(f"samples: {store.result}\nnext: python3 evaluations/c2i/evaluator.py REFERENCE.npz {store.result}")
+        print(f"samples: {store.result}\nnext: {next_command(pipeline, images, store.result)}")
     world.close()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    add_model_options(parser)
-    add_sampling_options(parser, cfg_scale=1.5, top_k=0)
-    group = parser.add_argument_group("images")
-    group.add_argument("--num-fid-samples", type=int, default=50000, help="images to sample")
-    group.add_argument("--image-size-eval", type=int, default=256, help="pixels a side that images are resized to")
-    group.add_argument("--random-labels", action="store_true",
-                       help="labels at random, as published, instead of the same number of each class")  # fmt: skip
-    group.add_argument("--global-seed", dest="seed", type=int, default=0,
-                       help="image i of a seed is the same in any run")  # fmt: skip
-    group.add_argument("--per-proc-batch-size", type=int, default=None,
-                       help="images at once in each process; unset: as many as free memory holds")  # fmt: skip
-    group.add_argument("--sample-dir", default="samples", help="folder of the result")
-    group.add_argument("--png", action="store_true", help="write the images as PNG files too")
-    args = parser.parse_args()
-    check_options(args)
-    for option in ("num_fid_samples", "image_size_eval", "per_proc_batch_size"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1.")
-    return args
-
-
-def result_name(args: argparse.Namespace) -> str:
+def result_name(chosen: SampleSettings, pipeline: Pipeline) -> str:
     """The published name."""
-    path = Path(args.gpt_ckpt)
-    checkpoint = path.absolute().parent.name if args.from_fsdp else path.name.removesuffix(".pth").removesuffix(".pt")
+    sampling, images = chosen.sampling, chosen.images
+    checkpoint = checkpoint_name(chosen.gpt.gpt_ckpt, chosen.gpt.from_fsdp)
     return (
-        f"{args.gpt_model}-{checkpoint}-size-{args.image_size}-size-{args.image_size_eval}-{args.vq_model}-"
-        f"topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.seed}"
+        f"{pipeline.gpt_info.name}-{checkpoint}-size-{pipeline.image_size}-size-{images.image_size_eval}-"
+        f"{pipeline.tokenizer_info.label}-topk-{sampling.top_k}-topp-{sampling.top_p}-"
+        f"temperature-{sampling.temperature}-cfg-{sampling.cfg_scale}-seed-{images.seed}"
     )
 
 
-def image_settings(args: argparse.Namespace, sampling: Sampling, pipeline: Pipeline) -> dict:
-    """Everything that decides the images; two runs that differ here are different runs."""
-    return {
-        "gpt_model": args.gpt_model, "gpt_sha256": sha256(pipeline.gpt_info.checkpoint),
-        "gpt_weights": pipeline.gpt_info.weights, "gpt_steps": pipeline.gpt_info.steps,
-        "tokenizer": args.vq_model, "tokenizer_sha256": pipeline.tokenizer_info.sha256,
-        "tokenizer_weights": pipeline.tokenizer_info.weights, "image_size": args.image_size,
-        "image_size_eval": args.image_size_eval, "num_classes": args.num_classes, "precision": args.precision,
-        "labels": "random" if args.random_labels else "balanced", "seed": args.seed, "images": args.num_fid_samples,
-    } | asdict(sampling)  # fmt: skip
-
-
-def agree_on_batch_size(args, sampling: Sampling, pipeline: Pipeline, store: ImageStore, world: World) -> int:
+def agree_on_batch_size(
+    images: ImagesSettings, sampling: Sampling, pipeline: Pipeline, store: ImageStore, world: World
+) -> int:
     """The batch size given, or that of the run being continued, or what fits on the fullest device."""
     recorded = world.broadcast(store.recorded_batch_size() if world.is_main else None)
-    batch_size = args.per_proc_batch_size or recorded
+    batch_size = images.per_proc_batch_size or recorded
     if batch_size is None:
-        pixels = IMAGES_DECODED_AT_ONCE[world.device.type] * args.image_size**2
+        pixels = IMAGES_DECODED_AT_ONCE[world.device.type] * pipeline.image_size**2
         guided = sampling.cfg_scale != 1
         fitting = fitting_batch_size(pipeline.gpt.args, guided, pipeline.dtype, world.device, pixels)
-        batch_size = min(*world.gather(fitting), -(-args.num_fid_samples // world.size))
+        batch_size = min(*world.gather(fitting), -(-images.num_fid_samples // world.size))
     if world.is_main:
         store.open(batch_size)
     world.barrier()
     return batch_size
 
 
-def sample(args, sampling: Sampling, pipeline: Pipeline, store: ImageStore, world: World, batch_size: int) -> None:
+def sample(
+    images: ImagesSettings, sampling: Sampling, pipeline: Pipeline, store: ImageStore, world: World, batch_size: int
+) -> None:
     """Generate every image that is not yet in the store. Batches start at multiples of the batch size, on any rank."""
     starts = world.broadcast(missing_batches(store.done(), batch_size) if world.is_main else None)
     generator = pipeline.generator(batch_size, sampling)
     decoder = BackgroundDecoder(pipeline, generator, store)
-    missing = sum(min(batch_size, args.num_fid_samples - start) for start in starts)
-    bar = progress(description="sample", total=args.num_fid_samples, unit="image", show=world.is_main,
-                   done=args.num_fid_samples - missing)  # fmt: skip
+    count = images.num_fid_samples
+    missing = sum(min(batch_size, count - start) for start in starts)
+    bar = progress(description="sample", total=count, unit="image", show=world.is_main, done=count - missing)
     with decoder, bar:
         for turn, start in enumerate(starts):
             if turn % world.size == world.rank:
                 indices = np.arange(start, start + batch_size)  # the last batch is full too: one shape, one rounding
-                labels = image_labels(indices, args.num_classes, args.seed, not args.random_labels)
-                uniforms = image_uniforms(indices, generator.length, args.seed)
-                decoder.submit(start, generator(torch.from_numpy(labels), torch.from_numpy(uniforms)))
-            bar.update(min(batch_size, args.num_fid_samples - start))
+                cond = pipeline.condition(images.labels(indices, pipeline.num_classes))
+                uniforms = image_uniforms(indices, generator.length, images.seed)
+                decoder.submit(start, generator(cond, torch.from_numpy(uniforms)))
+            bar.update(min(batch_size, count - start))
     world.barrier()
 
 
@@ -189,13 +196,25 @@ class BackgroundDecoder:
         self.store.write(start, images)
 
 
-def finish(args: argparse.Namespace, store: ImageStore, report: dict) -> None:
-    """The preview, and last the `.npz`."""
-    labels = image_labels(np.arange(args.num_fid_samples), args.num_classes, args.seed, not args.random_labels)
-    spread = np.linspace(0, args.num_fid_samples - 1, min(PREVIEW_IMAGES, args.num_fid_samples)).astype(int)
+def finish(images: ImagesSettings, pipeline: Pipeline, store: ImageStore, report: dict) -> None:
+    """The preview, with a row per class, and last the `.npz`."""
+    labels = images.labels(np.arange(images.num_fid_samples), pipeline.num_classes)
+    shown = rows_of_classes(labels)
+    pixels = store.images(shown.flatten())
+    names = class_names(pipeline.num_classes, pipeline.gpt_info.class_names)
+    captions = [caption(labels[row[0]], names) for row in shown]
     with atomic_file(store.preview) as file:
-        Image.fromarray(image_grid(store.images(spread), columns=8)).save(file, format="png")
-    store.finish(labels, report | {"torch": torch.__version__, "gpt_ckpt": args.gpt_ckpt, "vq_ckpt": args.vq_ckpt})
+        captioned_rows(pixels.reshape(*shown.shape, *pixels.shape[1:]), captions).save(file, format="png")
+    store.finish(labels, report)
+
+
+def next_command(pipeline: Pipeline, images: ImagesSettings, result: Path) -> str:
+    """Scores against the images that the GPT was trained on, if they are where they were."""
+    place = Path(pipeline.gpt_info.places.get("images", ""))
+    known = place.is_absolute() and place.exists()
+    reference, size = (place, images.image_size_eval) if known else ("REFERENCE.npz", None)
+    told = "" if known else "   # REFERENCE.npz: see evaluations/c2i/README.md"
+    return command("evaluate.sh", reference, result, image_size=size) + told
 
 
 def device_name(world: World) -> str:

@@ -1,111 +1,165 @@
-"""Flags of the GPT trainer: the published names and defaults, and a few of its own."""
+"""The settings of the GPT trainer: published names and defaults, and a few of its own. The command line follows."""
 
-import argparse
-
-from autoregressive.models.gpt import GPT_SIZES
-from autoregressive.train.monitor import add_watch_arguments
-from utils.engine.parallel import PRECISIONS
-from utils.engine.run import add_run_arguments
+from autoregressive.models.gpt import GPT_SIZES, ModelArgs, Transformer, model_args
+from autoregressive.train.schedule import PatchSchedule, PatchScheduleSettings, coarse_to_fine, own_schedule
+from utils.component import Component, load_component
+from utils.distributed import World
+from utils.engine.learning_rate import LearningRate, LearningRateSettings
+from utils.engine.run import RunSettings
+from utils.engine.state import EMASettings
+from utils.engine.step import StepSettings
 from utils.program import UserError
+from utils.settings import default_identity, identity, option, recipe, settings
+
+IMAGENET_IMAGES = 1_281_167  # for --dry-run without codes
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a GPT on image codes, coarse to fine (Next Patch Prediction).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+@settings("GPT")
+class GPTChoice:
+    gpt_model: str = recipe("GPT-B", "size of the transformer", choices=GPT_SIZES)
+    gpt_ckpt: str | None = option(None, "training checkpoint to continue from (the same as --resume PATH)")
+    init_from: str | None = recipe(
+        None,
+        "start from these weights alone: a published file or any checkpoint, of any number of classes and any grid "
+        "(docs/fine-tuning.md)",
     )
-    _add_model_arguments(parser.add_argument_group("model"))
-    _add_data_arguments(parser.add_argument_group("data"))
-    _add_recipe_arguments(parser.add_argument_group("recipe"))
-    _add_machine_arguments(parser.add_argument_group("machine"))
-    add_watch_arguments(parser)
-    add_run_arguments(parser, ckpt_every=250_000)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and stop (without "
-                        "--code-path: for ImageNet's images)")  # fmt: skip
-    args = parser.parse_args()
-    if args.code_path is None and not args.dry_run:
-        parser.error("the following arguments are required: --code-path")
-    _check_ranges(args)
-    if args.gpt_ckpt is not None:
-        if args.resume != "auto":
-            parser.error("--gpt-ckpt and --resume mean the same; give one of them")
-        args.resume = args.gpt_ckpt
-    return args
-
-
-def _add_model_arguments(group) -> None:
-    group.add_argument("--gpt-model", choices=GPT_SIZES, default="GPT-B", help="size of the transformer")
-    group.add_argument("--gpt-ckpt", help="training checkpoint to continue from (the same as --resume PATH)")
-    group.add_argument("--init-from", help="start from these weights alone: a published file or any checkpoint")
-    group.add_argument("--gpt-type", choices=["c2i"], default="c2i", help="class-conditional")
-    group.add_argument("--vocab-size", type=int, default=16384, help="size of the tokenizer's codebook")
-    group.add_argument("--cls-token-num", type=int, choices=[1], default=1, help="class tokens before the codes")
-    group.add_argument("--dropout-p", type=float, default=0.1, help="dropout of attention's and feed-forward's outputs")
-    group.add_argument("--token-dropout-p", type=float, default=0.1, help="dropout of the embeddings")
-    group.add_argument("--drop-path-rate", type=float, default=0.0, help="stochastic depth of the last layer")
-    group.add_argument("--class-dropout-p", type=float, default=0.1, help="share of labels replaced by the null class; "
-                       "0 leaves a model without classifier-free guidance")  # fmt: skip
-    group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
-    group.add_argument("--ema-decay", type=float, default=0.9999, help="of --ema, a step")
-
-
-def _add_data_arguments(group) -> None:
-    group.add_argument("--code-path", help="folder given to extract_codes_c2i.sh")
-    group.add_argument("--code-path-105", help="folder of the same images at crop range 1.05, mixed in half and half; "
-                       "default: --code-path with ten_crop replaced by ten_crop_105, if that exists")  # fmt: skip
-    group.add_argument("--dataset", default="imagenet_code", help="name given at extraction; _code at its end is cut")
-    group.add_argument("--image-size", type=int, default=256, help="pixels a side, as at extraction")
-    group.add_argument("--downsample-size", type=int, default=16, help="pixels a side of one code")
-    group.add_argument("--num-classes", type=int, default=1000, help="classes of the data")
-    group.add_argument("--num-workers", type=int, default=24, help="accepted for published commands; codes come from a "
-                       "memory map, one thread a process is enough")  # fmt: skip
-    group.add_argument(
-        "--codes-on-device", action="store_true", help="keep all codes in device memory (ImageNet: 6.6 GB)"
+    init_classes: str | None = recipe(
+        None,
+        "classes of --init-from, as labels or names separated by commas, from which ours start in label order: one for "
+        "all or one each; null is its null class (default: the same classes, or null if there are more or fewer)",
+    )
+    body_lr_share: float = recipe(
+        1.0, "share of the learning rate for all weights but the embeddings of the classes; 0 freezes them", at_least=0
+    )
+    loss: str | None = recipe(
+        None, "a loss of your own, as FILE.py:NAME, in place of the patch loss (docs/extending.md)"
+    )
+    conditioning: str | None = recipe(
+        None, "what stands before the image, as FILE.py:NAME, in place of the class label (docs/extending.md)"
     )
 
 
-def _add_recipe_arguments(group) -> None:
-    group.add_argument("--epochs", type=int, default=300, help="passes over the images, all levels together")
-    group.add_argument("--patch-level", type=int, default=2, help="levels of patch sides 2^(L-1) … 2, 1")
-    group.add_argument(
-        "--epoch-rate", type=float, default=0.5, help="each level ends at this share of the next one's end"
+@settings("data")
+class DataSettings:
+    code_path: str | None = option(None, "folder given to extract_codes_c2i.sh")
+    code_path_105: str | None = option(
+        None,
+        "folder of the same images at crop range 1.05, mixed in half and half (default: --code-path with ten_crop "
+        "replaced by ten_crop_105, if that exists)",
     )
-    group.add_argument("--global-batch-size", type=int, default=256, help="images a step, over all processes")
-    group.add_argument("--gradient-accumulation-steps", type=int, default=1, help="micro-batches a step and process")
-    group.add_argument("--lr", type=float, default=1e-4, help="learning rate")
-    group.add_argument("--scheduler", action="store_true", help="warm-up, constant part, linear decay in each level; "
-                       "without it the rate is constant")  # fmt: skip
-    group.add_argument("--warmup-epochs", type=float, default=1, help="linear warm-up of each level")
-    group.add_argument("--decay-ratio", type=float, default=0.2, help="share of each level that decays to --end-lr")
-    group.add_argument("--end-lr", type=float, default=1e-5, help="learning rate at each level's end")
-    group.add_argument("--weight-decay", type=float, default=5e-2, help="AdamW's, on matrices only")
-    group.add_argument("--beta1", type=float, default=0.9, help="AdamW's")
-    group.add_argument("--beta2", type=float, default=0.95, help="AdamW's")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to it; 0: not clipped")
-    group.add_argument("--mixed-precision", choices=PRECISIONS, default="bf16", help="of matrix products")
-    group.add_argument("--global-seed", type=int, default=0, help="seed of initial weights, order, crops and dropout")
-
-
-def _add_machine_arguments(group) -> None:
-    group.add_argument(
-        "--parallel", choices=["ddp", "fsdp"], default="ddp", help="replicas, or weights sharded over all"
+    dataset: str = recipe("imagenet_code", "name given at extraction; _code at its end is cut")
+    image_size: int = recipe(256, "pixels per side, as at extraction", at_least=1)
+    downsample_size: int = recipe(16, "pixels per side of one code", at_least=1)
+    conditions: str | None = option(
+        None,
+        "array of what --conditioning takes (.npy), one row per image in the order of the codes, in place of labels",
     )
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="compile each layer; "
-                       "default: on GPUs only")  # fmt: skip
-    group.add_argument("--activation-checkpointing", action="store_true", help="recompute layers in backward: less "
-                       "memory, about a third more compute")  # fmt: skip
+    num_workers: int = option(
+        24,
+        "accepted for published commands; codes come from a memory map, for which one thread per process is enough",
+        at_least=0,
+    )
+    codes_on_device: bool = option(False, "keep all codes in device memory (ImageNet: 6.6 GB)")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        if self.image_size % self.downsample_size:
+            raise UserError(
+                f"--image-size {self.image_size} is not a multiple of --downsample-size {self.downsample_size}."
+            )
+        return (self.image_size // self.downsample_size,) * 2
 
 
-def _check_ranges(args: argparse.Namespace) -> None:
-    at_least_one = ("vocab_size", "image_size", "downsample_size", "num_classes", "global_batch_size",
-                    "gradient_accumulation_steps", "val_every", "sample_every")  # fmt: skip
-    probabilities = ("dropout_p", "token_dropout_p", "drop_path_rate", "class_dropout_p", "beta1", "beta2", "ema_decay")
-    not_negative = ("lr", "end_lr", "weight_decay", "max_grad_norm")
-    for names, right, range_ in (
-        (at_least_one, lambda value: value >= 1, "at least 1"),
-        (probabilities, lambda value: 0 <= value < 1, "in [0, 1)"),
-        (not_negative, lambda value: value >= 0, "0 or more"),
-    ):
-        for name in names:
-            if not right(getattr(args, name)):
-                raise UserError(f"--{name.replace('_', '-')} must be {range_}, got {getattr(args, name)}.")
+@settings("machine")
+class MachineSettings:
+    parallel: str = option("ddp", "replicas, or weights sharded over all processes", choices=("ddp", "fsdp"))
+    compile: bool | None = option(None, "compile each layer (default: on GPUs only)")
+
+    def compile_on(self, world: World) -> bool:
+        return world.device.type == "cuda" if self.compile is None else self.compile
+
+
+@settings("validation and samples while training")
+class MonitorSettings:
+    val_code_path: str | None = option(None, "folder of held-out codes, extracted with the same --dataset and size")
+    val_conditions: str | None = option(None, "the array of --conditions for held-out images")
+    val_every: int = option(5000, "steps between validation losses", at_least=1)
+    vq_ckpt: str | None = option(None, "checkpoint of the tokenizer: draw a sample grid now and then")
+    vq_model: str | None = option(None, "name of the tokenizer (default: what the codes were made with)")
+    codebook_embed_dim: int | None = option(
+        None, "dimension of the codebook's vectors (default: as the tokenizer's checkpoint records, else 8)", at_least=1
+    )
+    sample_every: int = option(5000, "steps between sample grids", at_least=1)
+    sample_cfg_scale: float = option(2.0, "scale of classifier-free guidance for the grids", at_least=1)
+
+
+@settings("training")
+class TrainSettings:
+    gpt: GPTChoice
+    model: ModelArgs
+    data: DataSettings
+    patches: PatchScheduleSettings
+    rate: LearningRateSettings
+    step: StepSettings
+    ema: EMASettings
+    machine: MachineSettings
+    monitor: MonitorSettings
+    run: RunSettings
+    dry_run: bool = option(
+        False, "print the plan and its cost, and stop (without --code-path: for as many images as ImageNet has)"
+    )
+
+    def __post_init__(self):
+        if self.data.code_path is None and not self.dry_run:
+            raise UserError("the following arguments are required: --code-path")
+        if self.gpt.gpt_ckpt is not None and self.run.resume != "auto":
+            raise UserError("--gpt-ckpt and --resume mean the same; give one of them.")
+        if self.gpt.init_classes is not None and self.gpt.init_from is None:
+            raise UserError("--init-classes names classes of the weights that --init-from gives; give both.")
+        if self.gpt.conditioning is None and self.model.cls_token_num != 1:
+            raise UserError("a class label stands at one position; --cls-token-num above 1 needs a --conditioning.")
+        if self.machine.parallel == "fsdp" and self.step.mixed_precision == "fp16":
+            raise UserError("--parallel fsdp has no loss scaling for fp16; use --mixed-precision bf16.")
+
+    @property
+    def model_args(self) -> ModelArgs:
+        """The model that will be trained."""
+        grid = self.data.grid
+        return model_args(self.gpt.gpt_model, self.model, grid=grid, block_size=grid[0] * grid[1])
+
+    def build_model(self) -> Transformer:
+        """The model with new weights."""
+        conditioning, loss = self.components.get("--conditioning"), self.components.get("--loss")
+        parts = {"conditioning": conditioning.make} if conditioning else {}
+        return Transformer(self.model_args, **parts | ({"loss": loss.make} if loss else {}))
+
+    @property
+    def components(self) -> dict[str, Component]:
+        """The user's own parts, by flag."""
+        named = {
+            "--loss": self.gpt.loss,
+            "--conditioning": self.gpt.conditioning,
+            "--patch-schedule": self.patches.patch_schedule,
+        }
+        return {flag: load_component(text, flag) for flag, text in named.items() if text is not None}
+
+    def schedules(self, images: int) -> tuple[PatchSchedule, LearningRate]:
+        """Patch sides and learning rates over all steps. Raises `UserError` for those that cannot be."""
+        patches, steps_per_epoch = self.patches, images // self.step.global_batch_size
+        try:
+            if own := self.components.get("--patch-schedule"):
+                _refuse_level_flags(patches)
+                schedule = own_schedule(own.make, patches.epochs, steps_per_epoch, self.data.grid)
+            else:
+                schedule = coarse_to_fine(
+                    patches.epochs, steps_per_epoch, patches.patch_level, patches.epoch_rate, self.data.grid
+                )
+            return schedule, LearningRate(self.rate, [len(stage) for stage in schedule.stages], steps_per_epoch)
+        except ValueError as error:
+            raise UserError(f"{error}.") from error
+
+
+def _refuse_level_flags(patches: PatchScheduleSettings) -> None:
+    usual, given = default_identity(PatchScheduleSettings), identity(patches)
+    if any(given[name] != usual[name] for name in ("patch_level", "epoch_rate")):
+        raise UserError("--patch-schedule decides the patch sides; leave out --patch-level and --epoch-rate.")

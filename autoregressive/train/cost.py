@@ -1,9 +1,10 @@
-"""What a plan costs: parameters, floating-point operations, memory; and the table printed before training."""
+"""What training costs: parameters, floating-point operations, memory; and the table printed before it starts."""
 
 import math
 
 from autoregressive.models.gpt import ModelArgs
-from autoregressive.train.schedule import Plan
+from autoregressive.train.schedule import PatchSchedule
+from utils.engine.learning_rate import LearningRate
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' data sheets
     "A100": 312e12,
@@ -37,7 +38,7 @@ def parameters(args: ModelArgs) -> int:
 def train_flops(args: ModelArgs, side: int) -> int:
     """Operations to train on one image at a patch side: forward and backward (3 times the forward pass).
 
-    Two a parameter and position, plus causal attention's two products of `T*(T+1)/2` pairs (cf. arXiv 2001.08361).
+    Two per parameter and position, plus causal attention's two products of `T*(T+1)/2` pairs (cf. arXiv 2001.08361).
     """
     positions = args.block_size // side**2
     pairs = positions * (positions + 1) // 2
@@ -45,10 +46,14 @@ def train_flops(args: ModelArgs, side: int) -> int:
     return 3 * forward
 
 
-def relative_cost(args: ModelArgs, plan: Plan) -> float:
-    """Operations of the plan over those of next-token prediction for as many steps."""
-    spent = sum(level.steps * train_flops(args, level.side) for level in plan.levels)
-    return spent / (plan.total_steps * train_flops(args, 1))
+def schedule_flops(args: ModelArgs, schedule: PatchSchedule, steps: range | None = None) -> int:
+    """Operations of `steps` (default: all), for one image per step."""
+    return sum(count * train_flops(args, side) for side, count in schedule.steps_by_side(steps).items())
+
+
+def relative_cost(args: ModelArgs, schedule: PatchSchedule) -> float:
+    """Operations of the schedule over those of next-token prediction for as many steps."""
+    return schedule_flops(args, schedule) / (schedule.total_steps * train_flops(args, 1))
 
 
 def memory_bytes(args: ModelArgs, images: int, side: int, shards: int = 1, ema: bool = False, half: bool = True) -> int:
@@ -64,23 +69,39 @@ def memory_bytes(args: ModelArgs, images: int, side: int, shards: int = 1, ema: 
     return state + images * args.block_size // side**2 * layers
 
 
-def plan_table(args: ModelArgs, plan: Plan, batch: int, images: int, shards: int, ema: bool, half: bool) -> str:
-    """The plan as text: a row a level, then the model and the cost; `images` is one process's micro-batch."""
-    total = sum(level.steps * train_flops(args, level.side) for level in plan.levels)
+def plan_table(
+    args: ModelArgs,
+    schedule: PatchSchedule,
+    rate: LearningRate,
+    batch: int,
+    images: int,
+    shards: int,
+    ema: bool,
+    half: bool,
+) -> str:
+    """The plan as text: a row per stage, then the model and the cost; `images` is one process's micro-batch."""
+    total = schedule_flops(args, schedule)
     rows = [["level", "side", "epochs", "steps", "tokens/step", "learning rate", "compute"]]
-    for number, level in enumerate(plan.levels, 1):
-        last = level.first_step + level.steps - 1
-        rates = f"{plan.lr:g} -> {plan.lr_at(last):.3g}" if plan.scheduler else f"{plan.lr:g}"
-        share = level.steps * train_flops(args, level.side) / total
-        rows.append([
-            str(number), f"{level.side}x{level.side}", f"{level.first_epoch}-{level.first_epoch + level.epochs}",
-            f"{level.steps:,}", f"{batch * args.block_size // level.side**2:,}", rates, f"{share:.1%}",
-        ])  # fmt: skip
+    for number, steps in enumerate(schedule.stages, 1):
+        sides = schedule.steps_by_side(steps)
+        tokens = sum(count * batch * args.block_size // side**2 for side, count in sides.items()) // len(steps)
+        peak, end = rate.settings.lr, rate.at(steps[-1])
+        rows.append(
+            [
+                str(number),
+                ", ".join(f"{side}x{side}" for side in sides),
+                f"{steps.start // schedule.steps_per_epoch}-{steps.stop // schedule.steps_per_epoch}",
+                f"{len(steps):,}",
+                f"{tokens:,}",
+                f"{peak:g} -> {end:.3g}" if rate.settings.scheduler else f"{peak:g}",
+                f"{schedule_flops(args, schedule, steps) / total:.1%}",
+            ]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    memory = max(memory_bytes(args, images, level.side, shards, ema, half) for level in plan.levels)
-    return "\n".join([
-        *lines,
-        f"{parameters(args):,} parameters; {total * batch:.3g} FLOPs in all, {relative_cost(args, plan):.2f}x the cost "
-        f"of next-token prediction; about {math.ceil(memory / 2**30)} GiB a process at {images} images each",
-    ])  # fmt: skip
+    memory = max(memory_bytes(args, images, side, shards, ema, half) for side in schedule.steps_by_side())
+    lines.append(
+        f"{parameters(args):,} parameters; {total * batch:.4g} FLOPs in all, {relative_cost(args, schedule):.2f}x the "
+        f"cost of next-token prediction; about {math.ceil(memory / 2**30)} GiB per process at {images} images each"
+    )
+    return "\n".join(lines)

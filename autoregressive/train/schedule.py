@@ -1,109 +1,104 @@
-"""The training plan: epochs to levels of patch sides, and every learning rate, as pure functions of the step."""
+"""Which patch side at which step: coarse to fine (Next Patch Prediction, arXiv 2412.15321), or a schedule of your own.
+
+Learning rates are another matter (utils/engine/learning_rate.py); they only share the stages.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 
-@dataclass(frozen=True)
-class Level:
-    """A stretch of training at one patch side."""
-
-    side: int
-    first_epoch: int
-    epochs: int
-    first_step: int
-    steps: int
+from autoregressive.models.patch import check_patch_side
+from utils.settings import recipe, settings
 
 
-@dataclass(frozen=True)
-class Plan:
-    levels: tuple[Level, ...]
+@settings("patch schedule")
+class PatchScheduleSettings:
+    epochs: int = recipe(300, "passes over the images, all levels together", at_least=1)
+    patch_level: int = recipe(2, "levels of patch sides 2^(L-1) … 2, 1; 1: plain next-token prediction", at_least=1)
+    epoch_rate: float = recipe(
+        0.5, "each level ends at this share of the epoch at which the next one ends", above=0, at_most=1
+    )
+    patch_schedule: str | None = recipe(
+        None, "a function of your own from step to patch side, as FILE.py:NAME, in place of levels (docs/extending.md)"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PatchSchedule:
+    """The patch side of every step, and the stages of training: each has its own learning-rate schedule."""
+
+    sides: np.ndarray  # (total steps,) int64
+    stage_ends: tuple[int, ...]  # in steps; a checkpoint of each is kept
     steps_per_epoch: int
-    lr: float
-    end_lr: float
-    warmup_steps: float  # of each level
-    decay_ratio: float  # share of each level's steps at its end
-    scheduler: bool  # False: the learning rate is constant
 
     @property
     def total_steps(self) -> int:
-        return self.levels[-1].first_step + self.levels[-1].steps
+        return len(self.sides)
 
-    def level_at(self, step: int) -> Level:
-        """The level that step (counted from 0) belongs to; the last one for any step after the plan's end."""
-        return next((level for level in self.levels if step < level.first_step + level.steps), self.levels[-1])
+    @property
+    def stages(self) -> list[range]:
+        """The steps of each stage."""
+        return [range(start, end) for start, end in zip((0, *self.stage_ends), self.stage_ends, strict=False)]
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step: in every level a linear rise from 0, `lr`, and a linear fall towards `end_lr`."""
-        if not self.scheduler:
-            return self.lr
-        level = self.level_at(step)
-        step_in_level = min(step - level.first_step, level.steps)
-        if step_in_level < self.warmup_steps:
-            return self.lr * step_in_level / self.warmup_steps
-        decay_steps = level.steps * self.decay_ratio
-        decayed = step_in_level - (level.steps - decay_steps)
-        if decayed <= 0:
-            return self.lr
-        return self.lr + (self.end_lr - self.lr) * decayed / decay_steps
+    def side_at(self, step: int) -> int:
+        """The patch side of a step, counted from 0; of any step after the end, that of the last one."""
+        return int(self.sides[min(step, self.total_steps - 1)])
+
+    def stage_at(self, step: int) -> int:
+        """The number, from 0, of the stage that a step belongs to."""
+        return next((i for i, end in enumerate(self.stage_ends) if step < end), len(self.stage_ends) - 1)
+
+    def steps_by_side(self, steps: range | None = None) -> dict[int, int]:
+        """How many of `steps` (default: all) are trained at each side, coarsest first."""
+        part = self.sides if steps is None else self.sides[steps.start : steps.stop]
+        sides, counts = np.unique(part, return_counts=True)
+        return dict(zip(sides[::-1].tolist(), counts[::-1].tolist(), strict=True))
 
 
-def make_plan(
-    epochs: int,
-    steps_per_epoch: int,
-    patch_level: int,
-    epoch_rate: float,
-    grid: tuple[int, int],
-    lr: float,
-    end_lr: float = 0.0,
-    warmup_epochs: float = 0.0,
-    decay_ratio: float = 0.0,
-    scheduler: bool = True,
-) -> Plan:
-    """Levels of patch sides `2**(patch_level-1), …, 2, 1`; level `j` (0 is the coarsest) ends after epoch
-    `int(epochs * epoch_rate**(patch_level-1-j))` (arXiv 2412.15321).
+def coarse_to_fine(
+    epochs: int, steps_per_epoch: int, patch_level: int, epoch_rate: float, grid: tuple[int, int]
+) -> PatchSchedule:
+    """Levels of patch sides `2**(patch_level-1), …, 2, 1`, each a stage.
 
-    Raises `ValueError`, naming the flag, for a plan that would not do what it says: a level without a single epoch,
-    a side that does not tile the `(height, width)` grid, a warm-up and decay longer than a level.
+    Level `j` (0 is the coarsest) ends after epoch `int(epochs * epoch_rate**(patch_level-1-j))` (arXiv 2412.15321).
+    Raises `ValueError`, naming the flag, for a level without a single epoch and for a side that does not tile the
+    `(height, width)` grid.
     """
-    _check_ranges(epochs, steps_per_epoch, patch_level, epoch_rate, warmup_epochs, decay_ratio)
-    ends = [int(epochs * epoch_rate ** (patch_level - 1 - j)) for j in range(patch_level)]
-    warmup_steps = warmup_epochs * steps_per_epoch
-    levels = []
-    for j, (start, end) in enumerate(zip([0] + ends, ends, strict=False)):
-        side = 2 ** (patch_level - 1 - j)
+    if patch_level > 1 and epoch_rate >= 1:
+        raise ValueError(f"--epoch-rate must lie between 0 and 1, got {epoch_rate:g}")
+    if steps_per_epoch < 1:
+        raise ValueError("the data must hold at least one batch; lower --global-batch-size")
+    sides = [2 ** (patch_level - 1 - level) for level in range(patch_level)]
+    if grid[0] % sides[0] or grid[1] % sides[0]:
+        raise ValueError(
+            f"--patch-level {patch_level} needs {sides[0]}x{sides[0]} patches, which do not tile the grid of "
+            f"{grid[0]}x{grid[1]} codes; use --patch-level {_most_levels(grid)} or less, or another --image-size"
+        )
+    ends = [int(epochs * epoch_rate ** (patch_level - 1 - level)) for level in range(patch_level)]
+    for level, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if end <= start:
             raise ValueError(
-                f"level {j + 1} of {patch_level} ({side}x{side} patches) would get no epoch: levels end at epochs "
-                f"{ends}; raise --epochs, lower --patch-level or change --epoch-rate"
+                f"level {level + 1} of {patch_level} ({sides[level]}x{sides[level]} patches) would get no epoch: "
+                f"levels end at epochs {ends}; raise --epochs, lower --patch-level or change --epoch-rate"
             )
-        if grid[0] % side or grid[1] % side:
-            raise ValueError(
-                f"--patch-level {patch_level} needs {side}x{side} patches, which do not tile the grid of "
-                f"{grid[0]}x{grid[1]} codes; use --patch-level {_most_levels(grid)} or less, or another --image-size"
-            )
-        steps = (end - start) * steps_per_epoch
-        if scheduler and warmup_steps + decay_ratio * steps > steps + 1e-9:
-            raise ValueError(
-                f"level {j + 1} of {patch_level} has {end - start} epochs, less than --warmup-epochs {warmup_epochs:g} "
-                f"plus --decay-ratio {decay_ratio:g} of it; lower one of them (fractions of an epoch are allowed)"
-            )
-        levels.append(Level(side, start, end - start, start * steps_per_epoch, steps))
-    return Plan(tuple(levels), steps_per_epoch, lr, end_lr, warmup_steps, decay_ratio, scheduler)
+    steps = np.diff([0, *ends]) * steps_per_epoch
+    return PatchSchedule(np.repeat(sides, steps), tuple(end * steps_per_epoch for end in ends), steps_per_epoch)
 
 
-def _check_ranges(epochs, steps_per_epoch, patch_level, epoch_rate, warmup_epochs, decay_ratio) -> None:
-    if epochs < 1 or steps_per_epoch < 1:
-        raise ValueError(
-            f"--epochs must be at least 1 and a batch must fit the data, got {epochs} and {steps_per_epoch}"
-        )
-    if patch_level < 1:
-        raise ValueError(f"--patch-level must be at least 1 (1: plain next-token prediction), got {patch_level}")
-    if patch_level > 1 and not 0 < epoch_rate < 1:
-        raise ValueError(f"--epoch-rate must lie between 0 and 1, got {epoch_rate:g}")
-    if warmup_epochs < 0 or not 0 <= decay_ratio <= 1:
-        raise ValueError(f"--warmup-epochs must not be negative and --decay-ratio must lie in [0, 1], "
-                         f"got {warmup_epochs:g} and {decay_ratio:g}")  # fmt: skip
+def own_schedule(
+    side_at: Callable[[int, int], int], epochs: int, steps_per_epoch: int, grid: tuple[int, int]
+) -> PatchSchedule:
+    """The schedule of a user's function of the step and the number of all steps, as a single stage.
+
+    Raises `ValueError` for a side that does not tile the `(height, width)` grid.
+    """
+    total = epochs * steps_per_epoch
+    sides = np.array([side_at(step, total) for step in range(total)], dtype=np.int64)
+    for side in np.unique(sides):
+        check_patch_side(grid, int(side))
+    return PatchSchedule(sides, (total,), steps_per_epoch)
 
 
 def _most_levels(grid: tuple[int, int]) -> int:

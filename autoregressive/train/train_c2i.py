@@ -3,191 +3,243 @@
 bash scripts/autoregressive/train_c2i.sh --code-path CODES --image-size 256 --gpt-model GPT-B --scheduler
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
-from autoregressive.models.gpt import ModelArgs, Transformer, model_args
-from autoregressive.train.compilation import compile_levels, compile_model
-from autoregressive.train.config import parse_args
+from autoregressive.train.compilation import compile_model, compile_sides
+from autoregressive.train.config import IMAGENET_IMAGES, TrainSettings
 from autoregressive.train.cost import plan_table
-from autoregressive.train.monitor import Watch
-from autoregressive.train.schedule import Plan, make_plan
+from autoregressive.train.initial import load_initial
+from autoregressive.train.monitor import Monitor
+from autoregressive.train.schedule import PatchSchedule
 from dataset.code_dataset import CodeDataset, CodeLoader
 from dataset.code_store import CodeStore, find_stores
-from pretrained_models.catalogue import load_initial
+from dataset.conditions import conditions_identity, open_conditions
+from pretrained_models.catalogue import find_weights
+from utils.commands import absolute_component, command
 from utils.distributed import World, init_world
-from utils.engine.parallel import autocast, distribute, sync_gradients
+from utils.engine.learning_rate import LearningRate
+from utils.engine.parallel import autocast, bare, distribute, sync_gradients
 from utils.engine.run import TrainingRun
-from utils.engine.state import EMA, Trained, seed_step
-from utils.engine.step import apply_gradients, check_batch_size
+from utils.engine.state import Trained, seed_step
+from utils.engine.step import apply_gradients, make_adamw, set_learning_rate
 from utils.program import UserError, run
-
-IMAGENET_IMAGES = 1_281_167  # for --dry-run without codes
+from utils.settings import parse
 
 
 def main() -> None:
-    args = parse_args()
+    chosen = parse(TrainSettings, "Train a GPT on image codes, coarse to fine (Next Patch Prediction).")
     world = init_world()
-    gpt_args = _model_args(args)
-    stores = _open_stores(args)
-    plan = _plan(args, gpt_args, stores)
-    _check_batch(args, world)
+    chosen.step.micro_batch(world)  # refuses a batch that does not divide
+    stores = open_stores(chosen)
+    schedule, rate = chosen.schedules(len(stores[0]) if stores else IMAGENET_IMAGES)
     if world.is_main:
-        images = args.global_batch_size // world.size // args.gradient_accumulation_steps
-        shards = world.size if args.parallel == "fsdp" else 1
-        half = args.mixed_precision != "none"
-        print(plan_table(gpt_args, plan, args.global_batch_size, images, shards, args.ema, half), flush=True)
-    if args.dry_run:
+        print_plan(chosen, schedule, rate, world)
+    if chosen.dry_run:
         return
-    trained = _build(args, gpt_args, world)
+    dataset = open_dataset(chosen, stores)
+    trained = build(chosen, stores, world)
     training = TrainingRun(
-        args, world, args.gpt_model, _recipe(args, stores), _config(args, gpt_args, stores), [trained],
-        milestones=[level.first_step + level.steps for level in plan.levels],
-        scaler=torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16"),
-    )  # fmt: skip
-    train(args, plan, gpt_args, trained, training, stores, world)
+        resumed(chosen),
+        chosen,
+        world,
+        model_name=chosen.gpt.gpt_model,
+        data=data_identity(chosen, dataset),
+        config=model_record(chosen, stores),
+        parts=[trained],
+        milestones=schedule.stage_ends,
+        scaler=chosen.step.scaler(world),
+        places=stores[0].places,
+    )
+    train(chosen, schedule, rate, dataset, trained, training, world)
     checkpoint = training.finish()
     if world.is_main:
-        _print_next_command(args, checkpoint)
+        print_next_command(chosen, stores[0], checkpoint, world)
     world.close()
 
 
-def train(args, plan: Plan, gpt_args: ModelArgs, trained: Trained, training: TrainingRun, stores, world: World) -> None:
-    """The method: at every step the plan says how many codes one patch averages, and how fast to learn."""
+def train(
+    chosen: TrainSettings,
+    schedule: PatchSchedule,
+    rate: LearningRate,
+    dataset: CodeDataset,
+    trained: Trained,
+    training: TrainingRun,
+    world: World,
+) -> None:
+    """The method: at every step the schedule says how many codes one patch averages, and how fast to learn."""
+    step_settings = chosen.step
     start = training.start()
-    scaler = training.scaler
-    if args.compile:
-        compile_levels(args, plan, gpt_args, trained, scaler, world, start)
+    if chosen.machine.compile_on(world):
+        compile_sides(step_settings, schedule, dataset, trained, training.scaler, world, start)
+    seed, batch_size = step_settings.global_seed, step_settings.global_batch_size
     loader = CodeLoader(
-        CodeDataset(stores, seed=args.global_seed), args.global_batch_size, world.rank, world.size, args.global_seed,
-        start, world.device, resident=args.codes_on_device,
-    )  # fmt: skip
-    watch = Watch(args, plan, gpt_args, trained, training, world)
+        dataset, batch_size, world.rank, world.size, seed, start, world.device, resident=chosen.data.codes_on_device
+    )
+    monitor = Monitor(chosen, schedule, rate, trained, training, world)
+    monitor.catch_up(start)
     trained.module.train()
     training.metrics.restart_clock()
-    for step, (codes, labels) in zip(range(start, plan.total_steps), training.metrics.timed(loader), strict=False):
-        side = plan.level_at(step).side
-        seed_step(args.global_seed, step, world.rank)
-        for group in trained.optimizer.param_groups:
-            group["lr"] = plan.lr_at(step)
-        loss, grad_norm, found_inf = train_step(args, trained, scaler, codes, labels, side, world)
+    for step, (codes, cond) in zip(range(start, schedule.total_steps), training.metrics.timed(loader), strict=False):
+        side = schedule.side_at(step)
+        seed_step(seed, step, world.rank)
+        set_learning_rate(trained.optimizer, rate.at(step))
+        loss, grad_norm, found_inf = train_step(chosen, trained, training.scaler, codes, cond, side, world)
         training.metrics.add(**{f"loss_{side}x{side}": loss, "grad_norm": grad_norm})
-        training.end_step(step + 1, watch.row_after(step), found_inf)
-        watch.after_step(step)
+        training.end_step(step + 1, monitor.row_after(step), found_inf)
+        monitor.after_step(step + 1)
 
 
-def train_step(args, trained: Trained, scaler, codes, labels, side: int, world: World):
-    """One update from `codes` `(B, H*W)` and `labels` `(B,)`; returns loss, gradient norm, and 1.0 if skipped."""
-    module = trained.module
-    micro_batches = args.gradient_accumulation_steps
+def train_step(
+    chosen: TrainSettings,
+    trained: Trained,
+    scaler: torch.amp.GradScaler,
+    codes: torch.Tensor,
+    cond: torch.Tensor,
+    side: int,
+    world: World,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One update from `codes` `(B, H*W)` and `cond` `(B,)` labels (or what the conditioning takes).
+
+    Returns the loss, the gradient norm, and 1.0 if the update was skipped.
+    """
+    module, micro_batches = trained.module, chosen.step.gradient_accumulation_steps
     loss = torch.zeros((), device=world.device)
-    for number, (c, y) in enumerate(zip(codes.chunk(micro_batches), labels.chunk(micro_batches), strict=True), 1):
+    for number, (c, y) in enumerate(zip(codes.chunk(micro_batches), cond.chunk(micro_batches), strict=True), 1):
         sync_gradients(module, number == micro_batches)
-        with autocast(module, world, args.mixed_precision):
+        with autocast(module, world, chosen.step.mixed_precision):
             _, micro_loss = module(c, y, c, side)
         scaler.scale(micro_loss / micro_batches).backward()
         loss += micro_loss.detach() / micro_batches
-    return loss, *apply_gradients(trained, scaler, args.max_grad_norm)
+    return loss, *apply_gradients(trained, scaler, chosen.step.max_grad_norm)
 
 
-def _open_stores(args) -> list[CodeStore]:
-    if args.code_path is None:
+def open_stores(chosen: TrainSettings) -> list[CodeStore]:
+    """The code stores, checked against the flags; none with --dry-run alone."""
+    data, model = chosen.data, chosen.model
+    if data.code_path is None:
         return []
-    stores = find_stores(args.code_path, args.dataset, args.image_size, args.code_path_105)
-    meta = stores[0].meta
-    expected = (args.image_size // args.downsample_size,) * 2
+    stores = find_stores(data.code_path, data.dataset, data.image_size, data.code_path_105)
+    path, meta, expected = stores[0].path, stores[0].meta, data.grid
     if meta.grid != expected:
-        raise UserError(f"{stores[0].path} holds grids of {meta.grid[0]}x{meta.grid[1]} codes, but --image-size "
-                        f"{args.image_size} and --downsample-size {args.downsample_size} make {expected[0]}x"
-                        f"{expected[1]}; use --downsample-size {args.image_size // meta.grid[0]}.")  # fmt: skip
-    if meta.codebook_size is not None and meta.codebook_size != args.vocab_size:
-        raise UserError(f"the codes come from a codebook of {meta.codebook_size}, not {args.vocab_size}; "
-                        f"use --vocab-size {meta.codebook_size}.")  # fmt: skip
+        raise UserError(
+            f"{path} holds grids of {meta.grid[0]}x{meta.grid[1]} codes, but --image-size {data.image_size} and "
+            f"--downsample-size {data.downsample_size} make {expected[0]}x{expected[1]}; use --downsample-size "
+            f"{data.image_size // meta.grid[0]}."
+        )
+    if meta.codebook_size is not None and meta.codebook_size != model.vocab_size:
+        raise UserError(
+            f"the codes come from a codebook of {meta.codebook_size}, not {model.vocab_size}; use --vocab-size "
+            f"{meta.codebook_size}."
+        )
     classes = meta.num_classes if meta.num_classes is not None else int(stores[0].labels.max()) + 1
-    if classes != args.num_classes and (meta.num_classes is not None or classes > args.num_classes):
-        raise UserError(f"{stores[0].path} holds {classes} classes, not {args.num_classes}; "
-                        f"use --num-classes {classes}.")  # fmt: skip
+    if classes != model.num_classes and (meta.num_classes is not None or classes > model.num_classes):
+        raise UserError(f"{path} holds {classes} classes, not {model.num_classes}; use --num-classes {classes}.")
     return stores
 
 
-def _model_args(args) -> ModelArgs:
-    if args.image_size % args.downsample_size:
-        raise UserError(
-            f"--image-size {args.image_size} is not a multiple of --downsample-size {args.downsample_size}."
-        )
-    side = args.image_size // args.downsample_size
-    return model_args(
-        args.gpt_model, vocab_size=args.vocab_size, block_size=side**2,
-        num_classes=args.num_classes, class_dropout_prob=args.class_dropout_p, token_dropout_p=args.token_dropout_p,
-        resid_dropout_p=args.dropout_p, ffn_dropout_p=args.dropout_p, drop_path_rate=args.drop_path_rate,
-        activation_checkpointing=args.activation_checkpointing,
-    )  # fmt: skip
+def open_dataset(chosen: TrainSettings, stores: list[CodeStore]) -> CodeDataset:
+    conditions = open_conditions(chosen.data.conditions, len(stores[0])) if chosen.data.conditions else None
+    return CodeDataset(stores, seed=chosen.step.global_seed, conditions=conditions)
 
 
-def _plan(args, gpt_args: ModelArgs, stores: list[CodeStore]) -> Plan:
-    images = len(stores[0]) if stores else IMAGENET_IMAGES
-    try:
-        return make_plan(
-            args.epochs, images // args.global_batch_size, args.patch_level, args.epoch_rate, gpt_args.grid,
-            args.lr, args.end_lr, args.warmup_epochs, args.decay_ratio, args.scheduler,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
-
-
-def _check_batch(args, world: World) -> None:
-    check_batch_size(args, world)
-    if args.parallel == "fsdp" and args.mixed_precision == "fp16":
-        raise UserError("--parallel fsdp has no loss scaling for fp16; use --mixed-precision bf16.")
-
-
-def _build(args, gpt_args: ModelArgs, world: World) -> Trained:
+def build(chosen: TrainSettings, stores: list[CodeStore], world: World) -> Trained:
     """The model on its device, wrapped for the world, its optimizer and average."""
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.global_seed)
-    model = Transformer(gpt_args)
-    if args.init_from:
-        kind = load_initial(model, args.init_from, "check --gpt-model, --vocab-size and --num-classes.")
-        if world.is_main:
-            print(f"starting from the {kind} weights of {args.init_from}")
+    torch.manual_seed(chosen.step.global_seed)
+    model = chosen.build_model()
+    if chosen.gpt.init_from:
+        for line in load_initial(model, chosen.gpt, stores[0].meta):
+            if world.is_main:
+                print(line)
+    if chosen.gpt.body_lr_share == 0:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name.startswith("cls_embedding."))
     model.to(world.device)
-    if args.compile is None:
-        args.compile = world.device.type == "cuda"
-    if args.compile:
+    if chosen.machine.compile_on(world):
         compile_model(model)
-    module = distribute(model, world, args.parallel, args.mixed_precision)
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    vectors = [p for p in module.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
-    return Trained(module, optimizer, EMA(module, args.ema_decay) if args.ema else None)
+    module = distribute(model, world, chosen.machine.parallel, chosen.step.mixed_precision)
+    classes = set(bare(module).cls_embedding.parameters())
+    optimizer = make_adamw(
+        module,
+        chosen.step,
+        chosen.rate.lr,
+        decayed=lambda parameter: parameter.dim() >= 2,
+        lr_share=lambda parameter: 1.0 if parameter in classes else chosen.gpt.body_lr_share,
+    )
+    return Trained(module, optimizer, chosen.ema.of(module))
 
 
-def _recipe(args, stores: list[CodeStore]) -> dict:
-    """Every setting that changes what is learned (the number of processes and how they share work do not)."""
-    names = """gpt_model init_from vocab_size dropout_p token_dropout_p drop_path_rate class_dropout_p ema ema_decay
-        dataset image_size downsample_size num_classes epochs patch_level epoch_rate global_batch_size lr scheduler
-        warmup_epochs decay_ratio end_lr weight_decay beta1 beta2 max_grad_norm mixed_precision global_seed"""
-    codes = [{"images": len(store), "crops": store.meta.crops, "crop_range": store.meta.crop_range,
-              "tokenizer": store.meta.tokenizer} for store in stores]  # fmt: skip
-    return {name: getattr(args, name) for name in names.split()} | {"codes": codes}
+def resumed(chosen: TrainSettings):
+    """The run's settings, with --gpt-ckpt as another spelling of --resume."""
+    return replace(chosen.run, resume=chosen.gpt.gpt_ckpt) if chosen.gpt.gpt_ckpt else chosen.run
 
 
-def _config(args, gpt_args: ModelArgs, stores: list[CodeStore]) -> dict:
-    """What a sampler must know about the weights; checked against its flags."""
-    meta = stores[0].meta
-    trained_as = {name: value for name, value in asdict(gpt_args).items() if name != "activation_checkpointing"}
-    return trained_as | {
-        "gpt_model": args.gpt_model, "image_size": args.image_size, "downsample_size": args.downsample_size,
-        "grid": list(gpt_args.grid), "tokenizer": meta.tokenizer, "class_names": meta.class_names,
-    }  # fmt: skip
+def data_identity(chosen: TrainSettings, dataset: CodeDataset) -> dict:
+    """What is learned from and with, beside the settings: another answer is another run."""
+    codes = [
+        {
+            "images": len(store),
+            "crops": store.meta.crops,
+            "crop_range": store.meta.crop_range,
+            "tokenizer": store.meta.tokenizer,
+        }
+        for store in dataset.stores
+    ]
+    found = {"codes": codes} | {flag[2:]: component.identity for flag, component in chosen.components.items()}
+    if dataset.conditions is not None:
+        found["conditions"] = conditions_identity(dataset.conditions)
+    return found
 
 
-def _print_next_command(args, checkpoint) -> None:
-    print(f"trained: {checkpoint}\nnext: bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt {checkpoint} "
-          f"--gpt-model {args.gpt_model} --image-size {args.image_size} --image-size-eval {args.image_size} "
-          f"--num-classes {args.num_classes} --cfg-scale 2.0 --vq-ckpt TOKENIZER.pt")  # fmt: skip
+def model_record(chosen: TrainSettings, stores: list[CodeStore]) -> dict:
+    """Everything that builds the model again, and what a sampler must know about it."""
+    meta, conditioning = stores[0].meta, chosen.components.get("--conditioning")
+    return {
+        "model": asdict(chosen.model_args),
+        "gpt_model": chosen.gpt.gpt_model,
+        "image_size": chosen.data.image_size,
+        "downsample_size": chosen.data.downsample_size,
+        "conditioning": conditioning.identity if conditioning else None,
+        "tokenizer": meta.tokenizer,
+        "class_names": meta.class_names,
+    }
+
+
+def print_plan(chosen: TrainSettings, schedule: PatchSchedule, rate: LearningRate, world: World) -> None:
+    table = plan_table(
+        chosen.model_args,
+        schedule,
+        rate,
+        batch=chosen.step.global_batch_size,
+        images=chosen.step.micro_batch(world),
+        shards=world.size if chosen.machine.parallel == "fsdp" else 1,
+        ema=chosen.ema.ema,
+        half=chosen.step.mixed_precision != "none",
+    )
+    print(table, flush=True)
+
+
+def print_next_command(chosen: TrainSettings, store: CodeStore, checkpoint: Path, world: World) -> None:
+    """Sampling, with what the checkpoint does not record: where things lie, and as many images as were trained on."""
+    own, tokenizer = chosen.gpt.conditioning, chosen.monitor.vq_ckpt or store.places.get("tokenizer")
+    known = tokenizer is not None
+    sampling = command(
+        "autoregressive/sample_c2i.sh",
+        gpt_ckpt=checkpoint,
+        vq_ckpt=find_weights(tokenizer) if known else "TOKENIZER.pt",
+        vq_model=store.places.get("vq_model"),
+        vq_weights=store.meta.tokenizer.get("weights"),
+        conditioning=own and absolute_component(own),
+        conditions=chosen.data.conditions and Path(chosen.data.conditions),
+        image_size_eval=chosen.data.image_size,
+        cfg_scale=2.0 if chosen.model.class_dropout_prob else 1.0,
+        num_fid_samples=min(len(store), 50_000 if world.device.type == "cuda" else 1_000),
+        sample_dir=Path(chosen.run.results_dir).absolute().with_name("samples"),
+    )
+    print(f"trained: {checkpoint}\nnext: {sampling}{'' if known else '   # TOKENIZER.pt: that of the codes'}")
 
 
 if __name__ == "__main__":

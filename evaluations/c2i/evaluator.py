@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, Precision and Recall of generated images, as the ADM evaluation suite computes them.
+"""FID, sFID, Inception Score, Precision and Recall as the ADM suite computes them; KID, Density and Coverage.
 
     python3 evaluations/c2i/evaluator.py REFERENCE.npz SAMPLE.npz
     python3 evaluations/c2i/evaluator.py IMAGES --save-stats REFERENCE.npz
@@ -18,8 +18,8 @@ if not __package__:  # started as a plain file: begin again as a module, which f
     starter = os.path.join(root, "scripts", "run_module.py")  # unlike -m, never imports from the current folder
     os.execv(sys.executable, [sys.executable, starter, "evaluations.c2i.evaluator", *sys.argv[1:]])
 
-import argparse
 import platform
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -33,16 +33,10 @@ from evaluations.c2i.features import (
     can_compile,
     check_published_graph,
 )
-from evaluations.c2i.measure import Measured, measure
-from evaluations.c2i.metrics import (
-    INCEPTION_SCORE_SPLIT,
-    NEIGHBOURS,
-    PrecisionRecall,
-    frechet_distance,
-    precision_recall,
-)
-from evaluations.c2i.npz import ImageSet, open_images
-from evaluations.c2i.reference import read_statistics, write_reference
+from evaluations.c2i.image_sets import ImageSet, open_images
+from evaluations.c2i.measure import Measured, measure, read_statistics, write_reference
+from evaluations.c2i.metrics import INCEPTION_SCORE_SPLIT, KID_SEED, KID_SUBSETS, frechet_distance, kernel_distance
+from evaluations.c2i.neighbours import DENSITY_NEIGHBOURS, NEIGHBOURS, density_coverage, precision_recall
 from evaluations.c2i.report import (
     PUBLISHED_REFERENCES,
     Report,
@@ -51,154 +45,196 @@ from evaluations.c2i.report import (
     report_path,
     warn_about_sets,
 )
+from utils.commands import command
 from utils.program import UserError, run
+from utils.settings import REQUIRED, option, parse, recipe, settings
 
+DESCRIPTION = "FID, sFID, Inception Score, Precision and Recall as the ADM suite computes them; KID, Density, Coverage."
 COMPILE_FROM = 4_000  # images; with fewer, compiling takes longer than it saves
 
 
+@settings("evaluation")
+class EvaluatorSettings:
+    reference: Path = recipe(
+        REQUIRED, "reference .npz (arr_0, perhaps with statistics) or a folder of images", flag="reference"
+    )
+    sample: Path | None = recipe(None, "generated images: .npz (arr_0, perhaps labels) or a folder", flag="sample")
+    features: str = recipe("inception", "inception, or a PATH.pt2 made by torch.export.save")
+    graph: Path | None = recipe(None, f"classify_image_graph_def.pb; by default downloaded to {cache_folder()}")
+    backend: str = option("torch", "what runs the Inception graph", choices=("torch", "tensorflow"))
+    device: str | None = option(None, "where features run; by default cuda if there is a GPU")
+    precision: str = recipe(
+        "none",
+        "number format of the features; none, also called fp32, is float32, which is what is compared",
+        choices=("none", "fp32", "bf16"),
+    )
+    distances: str = recipe(
+        "half", "arithmetic of Precision and Recall: ADM's half precision, or float64", choices=("half", "exact")
+    )
+    image_size: int | None = recipe(
+        None,
+        "cut the images of folders and archives to centre crops of so many pixels, as the tokenizer sees them "
+        "(default: all of a folder must have one size)",
+        at_least=1,
+    )
+    kid_subset_size: int = recipe(1_000, "images per subset of KID; with fewer images KID is left out", at_least=2)
+    batch_size: int | None = option(None, "images at a time; by default 256 on a GPU, 64 on a CPU", at_least=1)
+    compile: str = option(
+        "auto", f"torch.compile; auto: on a CPU from {COMPILE_FROM} images", choices=("auto", "on", "off")
+    )
+    report: Path | None = option(None, "where to write .txt and .json; by default beside the sample file")
+    save_stats: Path | None = option(None, "write a reference .npz with the statistics of the only image set given")
+    keep_images: int = recipe(
+        PUBLISHED_REFERENCES,
+        "how many images --save-stats keeps for the metrics other than FID and sFID",
+        at_least=NEIGHBOURS + 1,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse flags that would have no effect, or a misleading one, beside the others."""
+        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        elsewhere = "works with the Inception graph and --backend torch only"
+        runs_graph = self.features == "inception" and self.backend == "torch"
+        if bool(self.sample) == bool(self.save_stats):
+            raise UserError("give REFERENCE and SAMPLE, or one image set with --save-stats.")
+        if self.precision == "bf16" and not runs_graph:
+            raise UserError(f"--precision bf16 {elsewhere}.")
+        if self.compile == "on" and not runs_graph:
+            raise UserError(f"--compile on {elsewhere}.")
+        if self.save_stats and self.precision == "bf16":
+            raise UserError("--save-stats takes --precision none only: a reference does not say how it was computed.")
+        if self.save_stats and changed & {"report", "distances", "kid_subset_size"}:
+            raise UserError("--report, --distances and --kid-subset-size belong to a comparison, not to --save-stats.")
+        if not self.save_stats and "keep_images" in changed:
+            raise UserError("--keep-images belongs to --save-stats.")
+        if self.features != "inception" and changed & {"graph", "backend"}:
+            raise UserError("--graph and --backend belong to --features inception.")
+
+
 def main() -> None:
-    args = parse_arguments()
-    sets = [open_images(path) for path in (args.reference, args.sample) if path]
+    settings = parse(EvaluatorSettings, DESCRIPTION)
+    sets = [open_images(path, settings.image_size) for path in (settings.reference, settings.sample) if path]
     for images in sets:
         if images.count <= NEIGHBOURS:
-            raise UserError(f"{images.path} holds {images.count} images; a covariance needs at least 2, Precision and "
-                            f"Recall {NEIGHBOURS + 1}, and reliable numbers many thousands.")  # fmt: skip
+            raise UserError(
+                f"{images.path} holds {images.count} images; a covariance needs at least 2, Precision and "
+                f"Recall {NEIGHBOURS + 1}, and reliable numbers many thousands."
+            )
     report = Report()
     with report.stage("network"):
-        network = feature_network(args, sum(images.count for images in sets))
+        network = feature_network(settings, sum(images.count for images in sets))
     try:
-        if args.save_stats:
-            save_statistics(network, sets[0], args)
+        if settings.save_stats:
+            save_statistics(network, sets[0], settings)
         else:
-            evaluate(network, *sets, args, report)
+            evaluate(network, *sets, settings, report)
     finally:
         network.close()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="FID, sFID, Inception Score, Precision and Recall as the ADM evaluation suite computes them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("reference", help="reference .npz (arr_0, perhaps with statistics) or a folder of images")
-    parser.add_argument("sample", nargs="?", help="generated images: .npz (arr_0, perhaps labels) or a folder")
-    parser.add_argument("--features", default="inception", help="inception, or a PATH.pt2 made by torch.export.save")
-    parser.add_argument(
-        "--graph", type=Path, help=f"classify_image_graph_def.pb; by default downloaded to {cache_folder()}"
-    )
-    parser.add_argument("--backend", choices=["torch", "tensorflow"], default="torch", help="what runs the graph")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where features run")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="fp32 is what is compared")
-    parser.add_argument("--distances", choices=["half", "exact"], default="half",
-                        help="Precision and Recall with ADM's half precision, or in float64")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=256 if torch.cuda.is_available() else 64,
-                        help="images at a time")  # fmt: skip
-    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                        help=f"torch.compile; auto: on a CPU from {COMPILE_FROM} images")  # fmt: skip
-    parser.add_argument("--report", type=Path, help="where to write .txt and .json; by default beside the sample file")
-    parser.add_argument("--save-stats", type=Path, metavar="NPZ",
-                        help="write a reference file with the statistics of the only image set given")  # fmt: skip
-    parser.add_argument("--keep-images", type=int, default=PUBLISHED_REFERENCES,
-                        help="how many images --save-stats keeps for Precision and Recall")  # fmt: skip
-    args = parser.parse_args()
-    if bool(args.sample) == bool(args.save_stats):
-        parser.error("give REFERENCE and SAMPLE, or one image set with --save-stats")
-    if args.batch_size < 1 or args.keep_images <= NEIGHBOURS:
-        parser.error(f"--batch-size must be at least 1 and --keep-images at least {NEIGHBOURS + 1}")
-    check_combination(parser, args)
-    return args
-
-
-def check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse flags that would have no effect, or a misleading one, beside the others."""
-    if args.precision == "bf16" and (args.backend != "torch" or args.features != "inception"):
-        parser.error("--precision bf16 works with the Inception graph and --backend torch only")
-    if args.save_stats and args.precision == "bf16":
-        parser.error("--save-stats takes --precision fp32 only: a reference does not say how it was computed")
-    if args.save_stats and (args.report or args.distances != parser.get_default("distances")):
-        parser.error("--report and --distances belong to a comparison, not to --save-stats")
-    if not args.save_stats and args.keep_images != parser.get_default("keep_images"):
-        parser.error("--keep-images belongs to --save-stats")
-    if args.compile == "on" and (args.backend != "torch" or args.features != "inception"):
-        parser.error("--compile on works with the Inception graph and --backend torch only")
-    if args.features != "inception" and (args.graph or args.backend != "torch"):
-        parser.error("--graph and --backend belong to --features inception")
-
-
-def feature_network(args: argparse.Namespace, images: int) -> FeatureNetwork:
+def feature_network(settings: EvaluatorSettings, images: int) -> FeatureNetwork:
+    name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(args.device)
+        device = torch.device(name)
         torch.zeros(1, device=device, dtype=torch.float64)  # which covariances need, and Apple's mps lacks
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(
-            f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try --device cpu."
-        ) from None
-    if args.features != "inception":
-        return ExportedFeatures(Path(args.features), device)
-    graph = args.graph or cached_graph(check_published_graph, GRAPH_URL)
-    if args.backend == "tensorflow":
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used ({reason}); try --device cpu.") from error
+    if settings.features != "inception":
+        return ExportedFeatures(Path(settings.features), device)
+    graph = settings.graph or cached_graph(check_published_graph, GRAPH_URL)
+    if settings.backend == "tensorflow":
         return TensorFlowFeatures(graph, device)
-    compiled = args.compile == "on" or (args.compile == "auto" and images >= COMPILE_FROM and can_compile(device))
-    return InceptionFeatures(graph, device, args.precision, compiled)
+    pays = images >= COMPILE_FROM and can_compile(device)
+    compiled = settings.compile == "on" or (settings.compile == "auto" and pays)
+    return InceptionFeatures(graph, device, settings.precision, compiled)
+
+
+def batch_size(settings: EvaluatorSettings, network: FeatureNetwork) -> int:
+    return settings.batch_size or (64 if network.device.type == "cpu" else 256)
 
 
 def evaluate(
-    network: FeatureNetwork, reference: ImageSet, sample: ImageSet, args: argparse.Namespace, report: Report
+    network: FeatureNetwork, reference: ImageSet, sample: ImageSet, settings: EvaluatorSettings, report: Report
 ) -> None:
     """Measure both sets, compare them, print and write the report."""
-    description = network.describe()
-    statistics = read_statistics(
-        reference, network.dimensions(reference.height, reference.width), description["sha256"], network.device
-    )
+    description, size = network.describe(), batch_size(settings, network)
+    statistics = read_statistics(reference, network, description["sha256"])
     warn_about_sets(report, reference, sample, precomputed=all(statistics))
     with report.stage("reference features"):
-        real = measure(network, reference, args.batch_size, known=statistics, score=False)
+        real = measure(network, reference, size, known=statistics, score=False)
     with report.stage("sample features"):
         classifier = isinstance(network, ExportedFeatures)
-        generated = measure(network, sample, args.batch_size, labels=sample.labels if classifier else None)
-    singular, neighbours = compare(real, generated, args.distances, report)
+        generated = measure(network, sample, size, labels=sample.labels if classifier else None)
     report.details = {
         "reference": describe_images(reference) | {"precomputed_statistics": all(statistics)},
         "sample": describe_images(sample),
         "network": description,
         "device": device_name(network.device),
-        "distances": {"arithmetic": args.distances, "half_overflowed": neighbours.overflowed, "neighbours": NEIGHBOURS},
         "inception_score_split": INCEPTION_SCORE_SPLIT,
-        "singular": singular,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
-    report.publish(args.report or report_path(sample.path))
+    compare(real, generated, settings.distances, report)
+    compare_further(real, generated, settings.kid_subset_size, report)
+    report.publish(settings.report or report_path(sample.path))
 
 
-def compare(
-    real: Measured, generated: Measured, distances: str, report: Report
-) -> tuple[dict[str, bool], PrecisionRecall]:
-    """Fill in the report's numbers; which covariances were singular, and how the distances went."""
+def compare(real: Measured, generated: Measured, distances: str, report: Report) -> None:
+    """Fill in the ADM suite's numbers, and the share of samples recognised as their class."""
     with report.stage("fid and sfid"):
         fid, fid_singular = frechet_distance(generated.pool_gaussian, real.pool_gaussian)
         sfid, sfid_singular = frechet_distance(generated.spatial_gaussian, real.spatial_gaussian)
     with report.stage("precision and recall"):
         neighbours = precision_recall(real.pool, generated.pool, distances)
-    report.metrics = {"inception_score": generated.inception_score, "fid": fid, "sfid": sfid,
-                      "precision": neighbours.precision, "recall": neighbours.recall}  # fmt: skip
+    report.metrics |= {"inception_score": generated.inception_score, "fid": fid, "sfid": sfid}
+    report.metrics |= {"precision": neighbours.precision, "recall": neighbours.recall}
     if generated.recognised is not None:
         report.metrics["recognised"] = generated.recognised
+    report.details["singular"] = {"fid": fid_singular, "sfid": sfid_singular}
+    report.details["distances"] = {
+        "arithmetic": distances,
+        "half_overflowed": neighbours.overflowed,
+        "neighbours": NEIGHBOURS,
+    }
     for name, singular in (("FID", fid_singular), ("sFID", sfid_singular)):
         if singular:
-            report.warn(f"the covariances behind {name} are singular (fewer images than features, or constant "
-                        "features): the value is the exact limit, but depends on the number of images.")  # fmt: skip
+            report.warn(
+                f"the covariances behind {name} are singular (fewer images than features, or constant "
+                "features): the value is the exact limit, but depends on the number of images."
+            )
     if neighbours.overflowed:
         report.warn("half precision overflowed in some distances, which were computed in float32, as ADM does.")
-    return {"fid": fid_singular, "sfid": sfid_singular}, neighbours
 
 
-def save_statistics(network: FeatureNetwork, images: ImageSet, args: argparse.Namespace) -> None:
+def compare_further(real: Measured, generated: Measured, kid_subset_size: int, report: Report) -> None:
+    """Fill in the numbers that the ADM suite does not have; a warning where there are too few images for one."""
+    fewest, references = min(len(real.pool), len(generated.pool)), len(real.pool)
+    if fewest < kid_subset_size:
+        report.warn(
+            f"KID is left out: one of the sets holds {fewest:,} images, fewer than a subset of {kid_subset_size:,}; "
+            "--kid-subset-size makes subsets smaller."
+        )
+    else:
+        with report.stage("kid"):
+            mean, deviation = kernel_distance(real.pool, generated.pool, kid_subset_size)
+        report.metrics |= {"kid": mean, "kid_std": deviation}
+        report.details["kid"] = {"subset_size": kid_subset_size, "subsets": KID_SUBSETS, "seed": KID_SEED}
+    if references <= DENSITY_NEIGHBOURS:
+        report.warn(f"Density and Coverage are left out: they need {DENSITY_NEIGHBOURS + 1} reference images.")
+    else:
+        with report.stage("density and coverage"):
+            density, coverage = density_coverage(real.pool, generated.pool)
+        report.metrics |= {"density": density, "coverage": coverage}
+        report.details["density_neighbours"] = DENSITY_NEIGHBOURS
+
+
+def save_statistics(network: FeatureNetwork, images: ImageSet, settings: EvaluatorSettings) -> None:
     """Write a reference file for own data."""
-    measured = measure(network, images, args.batch_size, score=False)
-    gaussians = [measured.pool_gaussian, measured.spatial_gaussian]
-    write_reference(args.save_stats, images, args.keep_images, gaussians, network.describe()["sha256"])
-    print(f"statistics of {images.count:,} images written to {args.save_stats}")
-    print(f"next: python3 evaluations/c2i/evaluator.py {args.save_stats} SAMPLE.npz")
+    measured = measure(network, images, batch_size(settings, network), score=False)
+    write_reference(settings.save_stats, images, settings.keep_images, measured, network.describe()["sha256"])
+    print(f"statistics of {images.count:,} images written to {settings.save_stats}")
+    features = None if settings.features == "inception" else Path(settings.features)
+    print(f"next: {command('evaluate.sh', settings.save_stats, 'SAMPLE.npz', features=features, graph=settings.graph)}")
 
 
 if __name__ == "__main__":

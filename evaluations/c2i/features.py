@@ -1,30 +1,36 @@
 """Feature networks: what turns a batch of images into the features that the metrics compare.
 
 Three of them share one interface: ADM's Inception graph in PyTorch, the same graph in TensorFlow (for cross-checking),
-and any exported PyTorch program.
+and any exported PyTorch program. An exported program is code that runs when it is called: only files from a trusted
+source should be named. What PyTorch would unpickle when it loads one is refused.
 """
 
+import copy
+import io
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from evaluations.c2i import tensorflow_backend
-from evaluations.c2i.exported import load_exported, run_exported
 from evaluations.c2i.frozen_graph import FrozenGraph
 from evaluations.c2i.graph_def import read_graph
-from evaluations.c2i.tensorflow_backend import receive, send
-from utils.engine.parallel import forbid_tf32
 from utils.files import sha256
+from utils.precision import forbid_tf32
 from utils.program import UserError
 
 IMAGE_NODE, POOL_NODE, SPATIAL_NODE, LOGITS_NODE = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
@@ -38,17 +44,26 @@ class Features(NamedTuple):
     logits: Tensor  # (N, C) float32: Inception Score
 
 
-class FeatureNetwork(Protocol):
-    device: torch.device  # where the features are
+class FeatureNetwork:
+    """What all of them offer: called with images (N, H, W, 3) uint8, they return `Features`."""
+
+    kind, backend, dtype, compiled = "inception", "torch", "float32", False  # for the report
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, self.device = path, device  # the network's file; where the features are
+        forbid_tf32()
 
     def dimensions(self, height: int, width: int) -> tuple[int, int]:
         """Widths (D, S) of pool and spatial features for images of this size."""
+        return self.network.dimensions
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of images (N, H, W, 3) uint8."""
+        raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
         """What the report says about it."""
+        named = {"kind": self.kind, "file": str(self.path), "sha256": sha256(self.path), "backend": self.backend}
+        return named | {"dtype": self.dtype, "tf32": False, "compiled": self.compiled}
 
     def close(self) -> None: ...
 
@@ -58,46 +73,43 @@ class InceptionNetwork(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        nodes = read_graph(path)
-        self.graph = FrozenGraph(nodes, IMAGE_NODE, (POOL_NODE, SPATIAL_NODE))
-        pool, spatial = self.graph.output_shapes(299, 299)
-        logits = nodes.get(LOGITS_NODE)
-        weight = nodes.get(logits.inputs[1]) if logits and len(logits.inputs) == 2 else None
-        if weight is None:
-            raise UserError(f"{path} has no weight at {LOGITS_NODE}; is it classify_image_graph_def.pb?")
+        if not path.is_file():
+            raise UserError(f"there is no graph file {path}; name classify_image_graph_def.pb with --graph.")
         try:
-            classifier = torch.from_numpy(np.array(weight.constant(), np.float32))
-        except ValueError as error:
-            raise UserError(f"the classifier of {path} cannot be read ({error}).") from None
-        if pool[1:] != (1, 1) or spatial[0] < SPATIAL_CHANNELS or classifier.shape[:1] != pool[:1]:
-            raise UserError(f"{path} is not the Inception graph of ADM: {POOL_NODE} has the shape {pool}, "
-                            f"{SPATIAL_NODE} {spatial}, the classifier {tuple(classifier.shape)}.")  # fmt: skip
-        self.dimensions = pool[0], SPATIAL_CHANNELS * spatial[1] * spatial[2]  # whatever the image size
-        self.register_buffer("classifier", classifier)  # (D, C), used without the bias, as in ADM
+            nodes = read_graph(path)
+            self.graph = FrozenGraph(nodes, IMAGE_NODE, (POOL_NODE, SPATIAL_NODE))
+            classifier = torch.from_numpy(nodes[nodes[LOGITS_NODE].inputs[1]].constant().astype(np.float32))
+            self.register_buffer("classifier", classifier)  # (D, C), used without the bias, as in ADM
+            pool, spatial = copy.deepcopy(self.graph).to("meta")(torch.empty(1, 299, 299, 3, device="meta"))
+            pool.flatten(1) @ classifier.to("meta")  # they fit
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:  # whatever other contents lead to
+            raise UserError(
+                f"{path} is not ADM's frozen Inception graph, or is damaged ({_first_line(error)}); "
+                "name classify_image_graph_def.pb with --graph."
+            ) from error
+        self.dimensions = pool.shape[1], SPATIAL_CHANNELS * spatial[0, 0].numel()  # whatever the image size
 
     def forward(self, images: Tensor) -> Features:
         return self.convolve(self.graph.prepare(images))
 
-    def convolve(self, prepared: dict[str, Tensor]) -> Features:
-        """Features from what comes before the first convolution."""
+    def convolve(self, prepared: Tensor) -> Features:
         pool, spatial = self.graph.convolve(prepared)
         pool = pool.flatten(1).float()
         spatial = spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()  # NHWC order, as in TensorFlow
         return Features(pool, spatial, pool @ self.classifier)
 
 
-class InceptionFeatures:
+class InceptionFeatures(FeatureNetwork):
     """ADM's features in PyTorch; float32 without TF32, or bf16 (labelled in the report)."""
 
-    def __init__(self, graph: Path, device: torch.device, precision: str = "fp32", compiled: bool = False) -> None:
-        self.path, self.device, self.precision, self.compiled = graph, device, precision, compiled
-        network = InceptionNetwork(graph).to(device).eval()
+    def __init__(self, graph: Path, device: torch.device, precision: str = "none", compiled: bool = False) -> None:
+        super().__init__(graph, device)
+        self.network, self.compiled = InceptionNetwork(graph).to(device).eval(), compiled
         if precision == "bf16":
-            network.graph.bfloat16()  # pixels are normalised in float32, each convolution casts its input
-        forbid_tf32()
+            self.network.graph.bfloat16()  # pixels are normalised in float32, each convolution casts its input
+            self.dtype = "bfloat16"
         torch.backends.cudnn.benchmark = True
-        self.network, self.convolve = network, network.convolve
-        self.dimensions = lambda height, width: network.dimensions
+        self.convolve = self.network.convolve
         self.batch_size = 0
 
     @torch.no_grad()
@@ -117,24 +129,52 @@ class InceptionFeatures:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # the machine lacks what compiling needs
-                reason = (str(error).splitlines() or [""])[0]
-                print(f"note: torch.compile does not work here ({reason}); going on without.", file=sys.stderr)
+                note = f"note: torch.compile does not work here ({_first_line(error)}); going on without."
+                print(note, file=sys.stderr)
                 self.compiled = False
         return self.convolve(prepared)
 
-    def describe(self) -> dict[str, Any]:
-        dtype = "bfloat16" if self.precision == "bf16" else "float32"
-        return _description("inception", self.path, "torch", dtype, self.compiled)
 
-    def close(self) -> None: ...
+class TensorFlowFeatures(FeatureNetwork):
+    """ADM's features by TensorFlow in a process of its own: importing Triton after TensorFlow aborts."""
+
+    def __init__(self, graph: Path, device: torch.device) -> None:
+        super().__init__(graph, device)
+        self.network = InceptionNetwork(graph)  # a wrong file gets the same sentences as from the other backend
+        self.pipe, theirs = Pipe()
+        # As a file, not with -m, which would import from the current folder.
+        command = [sys.executable, tensorflow_backend.__file__, str(graph), device.type, str(theirs.fileno())]
+        self.process = subprocess.Popen(command, stdout=2, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.backend = f"tensorflow {self._receive()}"
+
+    def __call__(self, images: Tensor) -> Features:
+        with suppress(BrokenPipeError):  # what it has left is the end
+            self.pipe.send(images.numpy())
+        return Features(*(torch.from_numpy(array).to(self.device) for array in self._receive()))
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.wait()
+
+    def _receive(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise UserError(
+                f"the TensorFlow process ended with status {self.process.wait()} (its message is above); install it "
+                "with pip install -r evaluations/c2i/requirements.txt, or use --backend torch."
+            ) from error
 
 
-class ExportedFeatures:
+class ExportedFeatures(FeatureNetwork):
     """Features of a program made with torch.export.save."""
 
+    kind, backend = "exported", "torch.export"
+
     def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, self.device = path, device
-        forbid_tf32()
+        super().__init__(path, device)
         self.network = load_exported(path, device)
 
     @torch.no_grad()
@@ -142,56 +182,60 @@ class ExportedFeatures:
         count = len(images)
         if count == 1:  # exports with a dynamic batch dimension may exclude 1
             images = images.expand(2, -1, -1, -1)
-        return Features(*(value[:count] for value in run_exported(self.network, images.to(self.device), self.path)))
+        try:
+            outputs = self.network(images.to(self.device).float())
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:  # guards of the export raise any of these
+            raise UserError(
+                f"{self.path} does not accept images of shape {tuple(images.shape)} ({_first_line(error)}); "
+                "export it for this image size with a dynamic batch dimension."
+            ) from error
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in outputs]
+        matrices = all(isinstance(shape, tuple) and len(shape) == 2 and shape[0] == len(images) for shape in shapes)
+        if len(shapes) != 3 or not matrices:
+            raise UserError(
+                f"{self.path} returns {shapes}; it must return (pool (N, D), spatial (N, S), logits (N, C))."
+            )
+        return Features(*(value[:count].float() for value in outputs))
 
     def dimensions(self, height: int, width: int) -> tuple[int, int]:
         features = self(torch.zeros(1, height, width, 3, dtype=torch.uint8))
         return features.pool.shape[1], features.spatial.shape[1]
 
-    def describe(self) -> dict[str, Any]:
-        return _description("exported", self.path, "torch.export")
 
-    def close(self) -> None: ...
+def load_exported(path: Path, device: torch.device) -> torch.nn.Module:
+    """The module in `path`, on `device`. `UserError` if it is missing or is no exported program."""
+    if not path.is_file():
+        raise UserError(f"there is no exported network {path}; make one with torch.export.save (see the README).")
+    if not zipfile.is_zipfile(path):  # of which PyTorch would log a traceback
+        raise UserError(f"{path} is not a torch.export file; save it with torch.export.save.")
+    try:
+        if _holds_pickles(path):
+            raise UserError(f"{path} holds pickled objects, which could run code when loaded; export plain tensors.")
+        program = torch.export.load(str(path))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign archive makes PyTorch's reader raise
+        raise UserError(
+            f"{path} is not a torch.export file that can be loaded ({_first_line(error)}); "
+            "save it with torch.export.save and the installed PyTorch."
+        ) from error
+    return move_to_device_pass(program, str(device)).module()
 
 
-class TensorFlowFeatures:
-    """ADM's features by TensorFlow in a process of its own: importing Triton after TensorFlow aborts."""
-
-    def __init__(self, graph: Path, device: torch.device) -> None:
-        self.path, self.device = graph, device
-        network = InceptionNetwork(graph)  # a wrong file gets the same sentences as from the other backend
-        self.dimensions = lambda height, width: network.dimensions
-        # As a file, not with -m, which would import from the current folder.
-        command = [sys.executable, tensorflow_backend.__file__, str(graph), device.type]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.version = str(self._receive())
-
-    def __call__(self, images: Tensor) -> Features:
-        try:
-            send(self.process.stdin, images.numpy())
-        except BrokenPipeError:
-            self._fail()
-        return Features(*(torch.from_numpy(self._receive()).to(self.device) for _ in Features._fields))
-
-    def describe(self) -> dict[str, Any]:
-        return _description("inception", self.path, f"tensorflow {self.version}")
-
-    def close(self) -> None:
-        with suppress(BrokenPipeError):  # it ended already, with something still to read
-            self.process.stdin.close()
-        self.process.terminate()
-        self.process.wait()
-
-    def _receive(self) -> np.ndarray:
-        array = receive(self.process.stdout)
-        if array is None:
-            self._fail()
-        return array
-
-    def _fail(self) -> NoReturn:
-        status = self.process.wait()
-        raise UserError(f"the TensorFlow process ended with status {status} (its message is above); install it with "
-                        "pip install -r evaluations/c2i/requirements.txt, or use --backend torch.")  # fmt: skip
+def _holds_pickles(path: Path) -> bool:
+    """Whether `torch.export.load` would hand anything but tensors to an unrestricted unpickler."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("_config.json") and re.search(rb'"use_pickle"\s*:\s*true', archive.read(name)):
+                return True
+            if name.endswith(".pt"):
+                try:
+                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+                except pickle.UnpicklingError:
+                    return True
+    return False
 
 
 def compile_frozen(function: Callable[[Any], Any], example: Any) -> Callable[[Any], Any]:
@@ -217,6 +261,5 @@ def check_published_graph(path: Path) -> None:
         raise UserError(f"its classifier has the shape {shape} instead of {PUBLISHED_CLASSIFIER}.")
 
 
-def _description(kind: str, path: Path, backend: str, dtype: str = "float32", compiled: bool = False) -> dict[str, Any]:
-    return {"kind": kind, "file": str(path), "sha256": sha256(path), "backend": backend, "dtype": dtype, "tf32": False,
-            "compiled": compiled}  # fmt: skip
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

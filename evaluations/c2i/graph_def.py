@@ -1,160 +1,137 @@
 """The nodes and constants of a frozen TensorFlow graph (a serialized GraphDef), read without TensorFlow.
 
-Field numbers are those of tensorflow/core/framework/{graph,node_def,attr_value,tensor}.proto.
+Field numbers are those of tensorflow/core/framework/{graph,node_def,attr_value,tensor}.proto, the encoding that of
+protobuf.dev/programming-guides/encoding.
 """
 
-import mmap
-import os
+import io
+import math
+import struct
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from evaluations.c2i.protobuf import MalformedMessage, number32, raw, read, signed, text, varints
-from utils.program import UserError
+VARINT, BYTES = 0, 2  # wire types
+FIXED_SIZES = {1: 8, 5: 4}  # of the other wire types, in bytes
+NUMPY_TYPES = {1: np.dtype("<f4"), 3: np.dtype("<i4")}  # the only constants that are needed
 
-MAX_FILE_BYTES = 1 << 30
-MAX_NODES = 20_000
-MAX_CONSTANT_ELEMENTS = 1 << 26
-NUMPY_TYPES = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 3: np.dtype("<i4"), 9: np.dtype("<i8"), 19: np.dtype("<f2")}
-
-GRAPH = {1: ("node", raw)}
-NODE = {1: ("name", text), 2: ("op", text), 3: ("input", text), 5: ("attr", raw)}
-ATTRIBUTE_ENTRY = {1: ("key", text), 2: ("value", raw)}
-ATTRIBUTE = {
-    1: ("list", raw),
-    2: ("s", raw),
-    3: ("i", signed),
-    4: ("f", number32),
-    5: ("b", signed),
-    8: ("tensor", raw),
-}
-ATTRIBUTE_LIST = {3: ("i", lambda value: [signed(value)] if isinstance(value, int) else varints(value))}
-SHAPE = {2: ("dim", raw), 3: ("unknown_rank", signed)}
-DIMENSION = {1: ("size", signed)}
-TENSOR = {
-    1: ("dtype", signed),
-    2: ("shape", raw),
-    4: ("content", raw),
-    5: ("float_val", raw),
-    6: ("double_val", raw),
-    7: ("int_val", lambda value: [signed(value)] if isinstance(value, int) else varints(value)),
-    10: ("int64_val", lambda value: [signed(value)] if isinstance(value, int) else varints(value)),
-}
+Message = dict[int, list[int | bytes]]
 
 
 @dataclass
 class Node:
-    """One operation; `inputs` are producers' names without the control inputs (`^name`) and without `:0`."""
+    """One operation; `inputs` are producers' names without the control inputs (`^name`) and without `:0`.
+
+    `attributes` are numbers, text, lists of integers and constants (arrays); others are None.
+    """
 
     name: str
     op: str
     inputs: list[str]
-    attributes: dict[str, memoryview]
-
-    def integers(self, key: str, default: list[int] | None = None) -> list[int]:
-        lists = self._attribute(key)["list"]
-        if not lists:
-            return self._default(key, default)
-        return [value for run in read(lists[-1], ATTRIBUTE_LIST)["i"] for value in run]
-
-    def string(self, key: str, default: str | None = None) -> str:
-        values = self._attribute(key)["s"]
-        return str(values[-1], "utf-8", "replace") if values else self._default(key, default)
-
-    def number(self, key: str) -> float:
-        values = self._attribute(key)["f"]
-        return values[-1] if values else 0.0  # zero is not stored
-
-    def flag(self, key: str) -> bool:
-        values = self._attribute(key)["b"]
-        return bool(values and values[-1])
+    attributes: dict[str, Any]
 
     def constant(self) -> np.ndarray:
-        """The value of a Const node, as a read-only view of the file where it can be."""
-        tensors = self._attribute("value")["tensor"]
-        if self.op != "Const" or not tensors:
-            raise MalformedMessage(f"{self.name!r} ({self.op}) should be a constant")
-        return _array(tensors[-1], self.name)
-
-    def _attribute(self, key: str) -> dict[str, list]:
-        return read(self.attributes.get(key, memoryview(b"")), ATTRIBUTE)
-
-    def _default(self, key: str, default):
-        if default is None:
-            raise MalformedMessage(f"{self.name!r} ({self.op}) has no {key!r}")
-        return default
+        """The value of a Const node."""
+        value = self.attributes.get("value")
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{self.name!r} ({self.op}) should be a constant of float32 or int32")
+        return value
 
 
-def read_graph(path: str | os.PathLike) -> dict[str, Node]:
-    """The nodes of the graph in file order. A `UserError` if the file is missing or is not a graph."""
+def read_graph(path: Path) -> dict[str, Node]:
+    """The nodes of the graph in file order. Raises `ValueError` if the file is no graph, or only part of one."""
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-                raise MalformedMessage("larger than 1 GiB")
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return _nodes(content)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"there is no graph file {path}; name classify_image_graph_def.pb with --graph.") from None
-    except ValueError as error:  # MalformedMessage; mmap's for an empty file
-        raise UserError(f"{path} is not a frozen TensorFlow graph ({error}); "
-                        "name classify_image_graph_def.pb with --graph.") from None  # fmt: skip
+        nodes = [_node(message) for message in read_message(path.read_bytes())[1]]
+    except (TypeError, LookupError, struct.error) as error:  # a field of another kind than it should be
+        raise ValueError(f"unexpected contents, {error}") from error
+    if not nodes:
+        raise ValueError("no nodes")
+    return {node.name: node for node in nodes}
 
 
-def _nodes(content: memoryview) -> dict[str, Node]:
-    messages = read(content, GRAPH)["node"]
-    if not messages:
-        raise MalformedMessage("no nodes")
-    if len(messages) > MAX_NODES:
-        raise MalformedMessage(f"more than {MAX_NODES} nodes")
-    nodes = {}
-    for message in messages:
-        fields = read(message, NODE)
-        if not fields["name"] or not fields["op"]:
-            raise MalformedMessage("a node without a name or an operation")
-        entries = [read(entry, ATTRIBUTE_ENTRY) for entry in fields["attr"]]
-        attributes = {entry["key"][-1]: entry["value"][-1] for entry in entries if entry["key"] and entry["value"]}
-        inputs = [source.removesuffix(":0") for source in fields["input"] if not source.startswith("^")]
-        name = fields["name"][-1]
-        nodes[name] = Node(name, fields["op"][-1], inputs, attributes)
-    return nodes
+def read_message(content: bytes) -> Message:
+    """The values of each field in file order: variable-length integers as such, all others as bytes."""
+    fields, stream = defaultdict(list), io.BytesIO(content)
+    while stream.tell() < len(content):
+        number, kind = divmod(_varint(stream), 8)
+        if kind == VARINT:
+            value = _varint(stream)
+        else:
+            size = _varint(stream) if kind == BYTES else FIXED_SIZES[kind]
+            value = stream.read(size)
+            if len(value) < size:
+                raise ValueError("a field ends after its message")
+        fields[number].append(value)
+    return fields
 
 
-def _array(message: memoryview, name: str) -> np.ndarray:
-    fields = read(message, TENSOR)
-    dtype = NUMPY_TYPES.get(fields["dtype"][-1] if fields["dtype"] else 0)
+def _node(message: bytes) -> Node:
+    fields = read_message(message)
+    entries = [read_message(entry) for entry in fields[5]]
+    return Node(
+        name=str(fields[1][-1], "utf-8"),
+        op=str(fields[2][-1], "utf-8"),
+        inputs=[name.removesuffix(":0") for name in (str(value, "utf-8") for value in fields[3]) if name[:1] != "^"],
+        attributes={str(entry[1][-1], "utf-8"): _attribute(entry[2][-1]) for entry in entries},
+    )
+
+
+def _attribute(message: bytes) -> Any:
+    for number, values in read_message(message).items():
+        value = values[-1]
+        match number:
+            case 1:
+                return _integers(read_message(value)[3]).tolist()
+            case 2:
+                return str(value, "utf-8", "replace")
+            case 3 | 5:
+                return value
+            case 4:
+                return struct.unpack("<f", value)[0]
+            case 8:
+                return _array(read_message(value))
+    return None
+
+
+def _array(tensor: Message) -> np.ndarray | None:
+    dtype = NUMPY_TYPES.get(tensor[1][-1])
     if dtype is None:
-        raise MalformedMessage(f"constant {name!r} has a type that is not read here")
-    shape = [
-        (read(dimension, DIMENSION)["size"] or [0])[-1]
-        for part in fields["shape"]
-        for dimension in read(part, SHAPE)["dim"]
-    ]
-    size = 1
-    for length in shape:
-        size *= length
-        if length < 0 or size > MAX_CONSTANT_ELEMENTS or len(shape) > 8:
-            raise MalformedMessage(f"constant {name!r} has the shape {shape[:9]}")
-    values = _stored_values(fields, dtype)
-    if len(values) == size:
-        return values.reshape(shape)
-    if fields["content"] or not 0 < len(values) < size:
-        raise MalformedMessage(f"constant {name!r} holds {len(values)} numbers for the shape {shape}")
-    if len(values) == 1:
-        return np.broadcast_to(values[0], shape)
-    return np.concatenate([values, np.full(size - len(values), values[-1])]).reshape(shape)  # the last one repeats
-
-
-def _stored_values(fields: dict[str, list], dtype: np.dtype) -> np.ndarray:
-    if fields["content"]:
-        packed = fields["content"][-1:]
+        return None
+    sizes = [read_message(size)[1] for shape in tensor[2] for size in read_message(shape)[2]]
+    shape = [size[-1] if size else 0 for size in sizes]
+    if tensor[4]:
+        values = np.frombuffer(tensor[4][-1], dtype)
     elif dtype.kind == "i":
-        numbers = [value for run in fields["int_val" if dtype.itemsize == 4 else "int64_val"] for value in run]
-        if any(abs(value) >= 2 ** (8 * dtype.itemsize - 1) for value in numbers):
-            raise MalformedMessage("an integer out of range")
-        return np.array(numbers, dtype)
+        values = _integers(tensor[7]).astype(dtype)
     else:
-        packed = fields["float_val" if dtype.itemsize == 4 else "double_val"]
-    joined = packed[0] if len(packed) == 1 else b"".join(packed)
-    if len(joined) % dtype.itemsize:
-        raise MalformedMessage("numbers cut short")
-    return np.frombuffer(joined, dtype)
+        values = np.frombuffer(b"".join(tensor[5]), dtype)
+    if missing := math.prod(shape) - len(values):
+        values = np.pad(values, (0, missing), "edge")  # the last one repeats
+    return values.reshape(shape)
+
+
+def _integers(values: list[int | bytes]) -> np.ndarray:
+    """A repeated field of integers, packed or one by one; two's complement in 64 bits."""
+    numbers = []
+    for value in values:
+        if isinstance(value, int):
+            numbers.append(value)
+            continue
+        stream = io.BytesIO(value)
+        while stream.tell() < len(value):
+            numbers.append(_varint(stream))
+    return np.array(numbers, np.uint64).astype(np.int64)
+
+
+def _varint(stream: io.BytesIO) -> int:
+    """An integer of seven bits per byte, the lowest first."""
+    value = shift = 0
+    while True:
+        byte = stream.read(1)[0]  # an IndexError where the message is cut short
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+        shift += 7

@@ -11,12 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluations.c2i.npz import ImageSet
+from evaluations.c2i.image_sets import ImageSet
 from utils.files import atomic_file, write_json
 
 PUBLISHED_SAMPLES, PUBLISHED_REFERENCES = 50_000, 10_000
-TITLES = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
-          "recall": "Recall", "recognised": "Recognised"}  # fmt: skip
+TITLES = {
+    "inception_score": "Inception Score",
+    "fid": "FID",
+    "sfid": "sFID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "recognised": "Recognised",
+    "kid": "KID",
+    "kid_std": "KID (standard deviation of its subsets)",
+    "density": "Density",
+    "coverage": "Coverage",
+}
 
 
 @dataclass
@@ -56,8 +66,8 @@ def report_path(sample: Path) -> Path:
 
 
 def describe_images(images: ImageSet) -> dict[str, Any]:
-    description = {"name": images.path.name, "path": str(images.path.resolve()), "count": images.count,
-                   "height": images.height, "width": images.width}  # fmt: skip
+    description = {"name": images.path.name, "path": str(images.path.resolve()), "count": images.count}
+    description |= {"height": images.height, "width": images.width}
     if images.labels is not None:
         counts = np.unique(images.labels, return_counts=True)[1]
         description |= {"classes": len(counts), "images_per_class": [int(counts.min()), int(counts.max())]}
@@ -67,37 +77,32 @@ def describe_images(images: ImageSet) -> dict[str, Any]:
 def warn_about_sets(report: Report, reference: ImageSet, sample: ImageSet, precomputed: bool) -> None:
     """Say in what respects the numbers will not be comparable with published ones."""
     if sample.count != PUBLISHED_SAMPLES:
-        report.warn(f"{sample.path.name} holds {sample.count:,} images; published numbers use {PUBLISHED_SAMPLES:,}, "
-                    "and FID rises when there are fewer.")  # fmt: skip
+        report.warn(
+            f"{sample.path.name} holds {sample.count:,} images; published numbers use {PUBLISHED_SAMPLES:,}, "
+            "and FID rises when there are fewer."
+        )
     if reference.count != PUBLISHED_REFERENCES:
-        report.warn(f"the reference {reference.path.name} holds {reference.count:,} images; Precision and Recall are "
-                    f"published with {PUBLISHED_REFERENCES:,}.")  # fmt: skip
+        report.warn(
+            f"the reference {reference.path.name} holds {reference.count:,} images; Precision and Recall are "
+            f"published with {PUBLISHED_REFERENCES:,}."
+        )
     if not precomputed:
-        report.warn(f"the reference {reference.path.name} has no precomputed statistics, so FID and sFID compare with "
-                    f"its {reference.count:,} images only; published references carry the training set's.")  # fmt: skip
+        report.warn(
+            f"the reference {reference.path.name} has no precomputed statistics, so FID and sFID compare with "
+            f"its {reference.count:,} images only; published references carry the training set's."
+        )
     if (reference.height, reference.width) != (sample.height, sample.width):
-        report.warn(f"the reference has images of {reference.height} x {reference.width} pixels and the sample of "
-                    f"{sample.height} x {sample.width}; both are resized to 299 x 299 by the Inception graph, which "
-                    "does not make them comparable.")  # fmt: skip
+        report.warn(
+            f"the reference has images of {reference.height} x {reference.width} pixels and the sample of "
+            f"{sample.height} x {sample.width}; both are resized to 299 x 299 by the Inception graph, which "
+            "does not make them comparable."
+        )
     if sample.labels is not None:
-        classes, counts = class_counts(sample, reference)
+        classes = 1 + max(images.labels.max() for images in (sample, reference) if images.labels is not None)
+        counts = np.bincount(sample.labels, minlength=classes)
         if counts.max() - counts.min() > 1:
-            fewest, most = (f"{counts[i]} images (class {classes[i]})" for i in (counts.argmin(), counts.argmax()))
+            fewest, most = (f"{counts[i]} images (class {i})" for i in (counts.argmin(), counts.argmax()))
             report.warn(f"the classes of {sample.path.name} are unbalanced: from {fewest} to {most}.")
-
-
-def class_counts(sample: ImageSet, reference: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-    """Classes of the sample and their numbers of images; with the first class that has none, if there is one.
-
-    Classes are counted from 0 to the largest label of both sets.
-    """
-    classes, counts = np.unique(sample.labels, return_counts=True)
-    largest = classes[-1] if reference.labels is None else max(classes[-1], reference.labels.max())
-    gaps = np.flatnonzero(classes != np.arange(len(classes)))
-    missing = gaps[0] if len(gaps) else len(classes)
-    if classes[0] >= 0 and missing <= largest:
-        return np.append(classes, missing), np.append(counts, 0)
-    return classes, counts
 
 
 def device_name(device: torch.device) -> str:

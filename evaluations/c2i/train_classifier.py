@@ -6,7 +6,6 @@ For data on which ImageNet's Inception features say little (digits, say). Scores
 be compared with each other, nor with published numbers.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -15,11 +14,26 @@ from torch import nn
 
 from dataset.crops import center_crop
 from dataset.image_folder import ImageFolder, list_image_folder, load_rgb
+from utils.commands import command
 from utils.files import atomic_file, write_json
 from utils.program import UserError, run
 from utils.progress import progress
+from utils.settings import MAX_SEED, REQUIRED, option, parse, recipe, settings
 
 SPATIAL_CHANNELS = 7  # of the last map, as in ADM's sFID
+
+
+@settings("classifier")
+class ClassifierSettings:
+    data_path: str = recipe(REQUIRED, "image folder to learn from, one folder per class")
+    output: Path = option(REQUIRED, "file to write, .pt2; accuracies go beside it, .json")
+    val_data_path: str | None = option(None, "held-out image folder: accuracy is measured on it once, at the end")
+    image_size: int = recipe(32, "pixels per side of the centre crops", at_least=8)
+    epochs: int = recipe(15, "passes over the images", at_least=1)
+    batch_size: int = recipe(64, "images per step", at_least=2)
+    lr: float = recipe(2e-3, "peak of the one-cycle learning rate", above=0)
+    max_shift: int = recipe(2, "images are moved by up to so many pixels in each direction", at_least=0)
+    seed: int = recipe(0, "seed of weights, order of the images and shifts", at_least=0, at_most=MAX_SEED)
 
 
 class Classifier(nn.Module):
@@ -43,43 +57,28 @@ class Classifier(nn.Module):
         return pool, x[:, :SPATIAL_CHANNELS].flatten(1), self.head(pool)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("--data-path", required=True, help="image folder to learn from, one folder per class")
-    parser.add_argument("--val-data-path", help="held-out image folder: accuracy is measured on it once, at the end")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels a side of the centre crops; 8 or more")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="file to write, .pt2; accuracies go beside it, .json"
-    )
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the images")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the one-cycle learning rate")
-    parser.add_argument("--max-shift", type=int, default=2, help="images are moved by up to so many pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    if args.image_size < 8 or args.epochs < 1 or args.batch_size < 2:
-        raise UserError("--image-size must be at least 8, --epochs at least 1, --batch-size at least 2.")
-    torch.manual_seed(args.seed)
-    folder = list_image_folder(args.data_path)
-    images, labels = load_images(folder, args.image_size)
-    held_out = list_image_folder(args.val_data_path) if args.val_data_path else None
+    settings = parse(ClassifierSettings, "Train a small classifier on an image folder as a feature network.")
+    torch.manual_seed(settings.seed)
+    folder = list_image_folder(settings.data_path)
+    images, labels = load_images(folder, settings.image_size)
+    held_out = list_image_folder(settings.val_data_path) if settings.val_data_path else None
     if held_out is not None and held_out.class_names != folder.class_names:
-        raise UserError(f"{args.val_data_path} holds other classes than {args.data_path}; both need the same folders.")
+        raise UserError(
+            f"{settings.val_data_path} holds other classes than {settings.data_path}; both need the same folders."
+        )
     model = Classifier(len(folder.class_names)).to(memory_format=torch.channels_last)
-    train(model, images, labels, args)
+    train(model, images, labels, settings)
     report = {"train_accuracy": accuracy(model, images, labels), "classes": folder.class_names}
     if held_out is not None:
-        report["held_out_accuracy"] = accuracy(model, *load_images(held_out, args.image_size))
+        report["held_out_accuracy"] = accuracy(model, *load_images(held_out, settings.image_size))
         report["held_out_images"] = len(held_out)
         print(f"{report['held_out_accuracy']:.2%} of {len(held_out)} held-out images recognised")
-    export(model, args.image_size, args.output)
-    write_json(args.output.with_suffix(".json"), report)
-    print(f"next: python3 evaluations/c2i/evaluator.py REF.npz SAMPLE.npz --features {args.output}")
+    export(model, settings.image_size, settings.output)
+    write_json(settings.output.with_suffix(".json"), report)
+    reference = settings.output.with_name(f"{settings.output.stem}-reference.npz")
+    images = {"image_size": settings.image_size, "save_stats": reference, "features": settings.output}
+    print(f"next: {command('evaluate.sh', Path(settings.data_path), **images)}")
 
 
 def load_images(folder: ImageFolder, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,14 +88,16 @@ def load_images(folder: ImageFolder, size: int) -> tuple[torch.Tensor, torch.Ten
     return torch.stack([torch.tensor(crop) for crop in bar]), torch.as_tensor(folder.labels, dtype=torch.int64)
 
 
-def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> None:
+def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor, settings: ClassifierSettings) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    steps = -(-len(images) // args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs=args.epochs, steps_per_epoch=steps)
+    steps = -(-len(images) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.lr, epochs=settings.epochs, steps_per_epoch=steps
+    )
     model.train()
-    for _ in progress(range(args.epochs), description="training the classifier", unit="epoch"):
+    for _ in progress(range(settings.epochs), description="training the classifier", unit="epoch"):
         for batch in torch.randperm(len(images)).chunk(steps):
-            shifted = _shift(images[batch].float(), args.max_shift)
+            shifted = _shift(images[batch].float(), settings.max_shift)
             loss = F.cross_entropy(model(shifted)[2], labels[batch], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -116,9 +117,8 @@ def _shift(images: torch.Tensor, most: int) -> torch.Tensor:
 @torch.no_grad()
 def accuracy(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
     model.eval()
-    right = sum((model(x.float())[2].argmax(1) == y).sum().item()
-                for x, y in zip(images.split(256), labels.split(256), strict=True))  # fmt: skip
-    return right / len(images)
+    batches = zip(images.split(256), labels.split(256), strict=True)
+    return sum((model(x.float())[2].argmax(1) == y).sum().item() for x, y in batches) / len(images)
 
 
 def export(model: Classifier, size: int, path: Path) -> None:

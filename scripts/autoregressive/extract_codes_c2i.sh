@@ -3,4 +3,4 @@
 # interrupted; torchrun restarts dead workers, and nothing is done twice.
 set -euo pipefail
 export DEFAULT_RESTARTS=3
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" autoregressive.train.extract_codes_c2i "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../launch.sh" autoregressive.train.extract_codes_c2i "$@"

@@ -3,4 +3,4 @@
 # on from its last checkpoint.
 set -euo pipefail
 export DEFAULT_RESTARTS=3
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" autoregressive.train.train_c2i "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../launch.sh" autoregressive.train.train_c2i "$@"

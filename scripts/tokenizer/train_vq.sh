@@ -3,4 +3,4 @@
 # workers, and the run goes on from its last checkpoint.
 set -euo pipefail
 export DEFAULT_RESTARTS=3
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" tokenizer.tokenizer_image.vq_train "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../launch.sh" tokenizer.tokenizer_image.vq_train "$@"

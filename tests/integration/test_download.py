@@ -11,6 +11,7 @@ import huggingface_hub.constants
 import pytest
 
 from pretrained_models import catalogue, download
+from utils.files import lock
 from utils.program import UserError
 
 NAME = "npp/c2i_B_256.pt"
@@ -21,14 +22,23 @@ class Hub(BaseHTTPRequestHandler):
     """What the downloader needs of the hub: file metadata in headers, and byte ranges."""
 
     content, served, breaks_at, announced, sha = CONTENT, [], None, None, hashlib.sha256(CONTENT).hexdigest()
+    logins, elsewhere = [], None
 
     def do_HEAD(self):
         self.reply(b"", self.announced or len(self.content))
 
     def do_GET(self):
+        self.logins.append(self.headers.get("Authorization"))
+        if self.elsewhere and self.path != self.elsewhere:
+            self.send_response(302)
+            self.send_header("Location", self.elsewhere)
+            self.end_headers()
+            return None
         start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
         if "/resolve/" in self.path:
             self.served.append(start)
+        if start >= len(self.content):
+            return self.send_error(416)
         self.reply(self.content[start:], len(self.content) - start, start)
 
     def reply(self, body: bytes, length: int, start: int = 0) -> None:
@@ -68,7 +78,7 @@ def point_to(monkeypatch, port: int) -> None:
 @pytest.fixture
 def hub(monkeypatch):
     """The handler class of a running hub, to be changed by the test."""
-    handler = type("TestHub", (Hub,), {"served": []})
+    handler = type("TestHub", (Hub,), {"served": [], "logins": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     point_to(monkeypatch, server.server_port)
@@ -87,18 +97,16 @@ def test_a_file_arrives_under_its_name(hub, tmp_path):
     assert hub.served == [0]
 
 
-def test_an_interrupted_download_continues(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what reaches the disk at a time
+def test_an_interrupted_download_continues(hub, tmp_path):
     hub.breaks_at = 100_000
     with pytest.raises(UserError, match="run the same command again to continue"):
         download.download(NAME, tmp_path)
     assert not (tmp_path / NAME).exists()
     (part,) = (tmp_path / "npp").iterdir()
-    arrived = part.stat().st_size
-    assert 100_000 <= arrived < len(CONTENT)
-    hub.breaks_at, hub.served[:] = None, []
+    assert part.stat().st_size == 100_000
+    hub.breaks_at = None
     assert download.download(NAME, tmp_path).read_bytes() == CONTENT
-    assert hub.served == [arrived]
+    assert hub.served == [0, 100_000, 100_000]  # the second connection brought nothing, so there was no third
 
 
 def test_a_file_that_changed_on_the_hub_is_not_mixed_with_an_old_part(hub, tmp_path):
@@ -113,16 +121,33 @@ def test_a_file_that_changed_on_the_hub_is_not_mixed_with_an_old_part(hub, tmp_p
 def test_a_wrong_size_is_refused(hub, tmp_path):
     for wrong in (len(CONTENT) + 7, len(CONTENT) - 7):
         hub.announced = wrong
-        with pytest.raises(UserError, match="arrived with another size than the hub announced"):
+        with pytest.raises(UserError, match=r"not the file expected and was removed \(1024000 bytes instead of"):
             download.download(NAME, tmp_path)
         assert not (tmp_path / NAME).exists()
     hub.announced = None
     assert download.download(NAME, tmp_path).read_bytes() == CONTENT
 
 
+def test_one_download_at_a_time_of_one_file(hub, tmp_path):
+    (tmp_path / "npp").mkdir()
+    held = lock(tmp_path / f"npp/.c2i_B_256.pt.{hub.sha[:16]}.part", "")  # by another program, as good as
+    with pytest.raises(UserError, match="another program is downloading"):
+        download.download(NAME, tmp_path)
+    held.close()
+    assert download.download(NAME, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_login_stays_at_the_hub(hub, tmp_path, monkeypatch):
+    """The hub sends to storage elsewhere, which must not see the token (and refuses requests that bring one)."""
+    monkeypatch.setattr(download, "build_hf_headers", lambda: {"authorization": "Bearer secret"})
+    hub.elsewhere = "/pytttttt/LlamaGen-NPP/resolve/main/c2i_B_256.pt?elsewhere"
+    assert download.download(NAME, tmp_path).read_bytes() == CONTENT
+    assert hub.logins == ["Bearer secret", None]
+
+
 def test_damaged_content_is_removed(hub, tmp_path):
     hub.content = b"x" + CONTENT[1:]
-    with pytest.raises(UserError, match="arrived damaged"):
+    with pytest.raises(UserError, match="not the file expected and was removed .another SHA-256"):
         download.download(NAME, tmp_path)
     assert list((tmp_path / "npp").iterdir()) == []
 
@@ -140,9 +165,7 @@ def test_a_file_that_the_hub_does_not_have(hub, tmp_path):
 
 def test_no_network(monkeypatch, tmp_path):
     point_to(monkeypatch, 9)  # nobody listens there
-    with pytest.raises(
-        UserError, match="the Hugging Face hub cannot be reached for npp/c2i_B_256.pt; check the network"
-    ):
+    with pytest.raises(UserError, match="the Hugging Face hub cannot be reached for npp/c2i_B_256.pt .* check the net"):
         download.download(NAME, tmp_path)
 
 

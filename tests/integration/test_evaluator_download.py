@@ -10,19 +10,21 @@ import pytest
 from evaluations.c2i import features
 from evaluations.c2i.download import cache_folder, cached_graph
 from tests.inception_graph import InceptionGraph
-from utils.files import lock_folder
+from utils.files import lock
 from utils.program import UserError
 
 CONTENT = InceptionGraph(32, repeated=True).content()
 NAME = "classify_image_graph_def.pb"
+PART = f".{NAME}.any.part"
 
 
 class Server(ThreadingHTTPServer):
-    content, honours_range, stops_after, status = CONTENT, True, None, 200
+    content, honours_range, status = CONTENT, True, 200
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.ranges: list[str | None] = []
+        self.stops_after: list[int] = []  # bytes, one for each connection
         self.url = f"http://127.0.0.1:{self.server_port}/{NAME}"
 
 
@@ -39,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: self.server.stops_after])
+        self.wfile.write(body[: self.server.stops_after.pop(0)] if self.server.stops_after else body)
 
     def log_message(self, *_) -> None: ...
 
@@ -57,11 +59,11 @@ def accept(path: Path) -> None:
 
 
 def left(folder: Path) -> list[str]:
-    return [file.name for file in folder.iterdir() if file.name != ".lock"]
+    return [file.name for file in folder.iterdir()]
 
 
 def test_two_programs_do_not_download_at_once(server, tmp_path):
-    held = lock_folder(tmp_path, "")  # by another program, as good as
+    held = lock(tmp_path / PART, "")  # by another program, as good as
     with pytest.raises(UserError, match="another program is downloading"):
         cached_graph(accept, server.url, tmp_path)
     assert server.ranges == []
@@ -80,23 +82,29 @@ def test_downloaded_once(server, tmp_path):
 
 @pytest.mark.parametrize("honours_range", [True, False])
 def test_a_broken_download_is_resumed(server, tmp_path, honours_range):
-    server.stops_after = 1_000
-    with pytest.raises(UserError, match=f"stopped after 1000 of {len(CONTENT)} bytes; run the same command again"):
+    server.stops_after = [1_000, 0]
+    with pytest.raises(UserError, match=f"stopped after 1000 of {len(CONTENT)} bytes.; run the same command again"):
         cached_graph(accept, server.url, tmp_path)
     assert not (tmp_path / NAME).exists()
-    server.stops_after, server.honours_range = None, honours_range
+    server.honours_range = honours_range
     assert cached_graph(accept, server.url, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [None, "bytes=1000-"]
+    assert server.ranges == [None, "bytes=1000-", "bytes=1000-"]
+
+
+def test_a_connection_that_ends_early_is_made_again(server, tmp_path):
+    server.stops_after = [5_000]
+    assert cached_graph(accept, server.url, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=5000-"]
 
 
 def test_a_download_that_was_complete_but_not_renamed(server, tmp_path):
-    (tmp_path / NAME).with_suffix(".part").write_bytes(CONTENT)
+    (tmp_path / PART).write_bytes(CONTENT)
     assert cached_graph(accept, server.url, tmp_path).read_bytes() == CONTENT
 
 
 def test_something_else_is_refused_and_removed(server, tmp_path):
     server.content = b"<html>log in to the hotel's network</html>"
-    with pytest.raises(UserError, match="is not the expected graph"):
+    with pytest.raises(UserError, match="is not the file expected"):
         cached_graph(accept, server.url, tmp_path)
     assert left(tmp_path) == []
 

@@ -39,8 +39,8 @@ def test_features():
 @pytest.mark.parametrize("backend", ["torch", "tensorflow"])
 def test_numbers(backend, distances, tolerance, tmp_path):
     report = tmp_path / "report"
-    arguments = [golden("ref.npz"), golden("sample.npz"), "--graph", golden("graph.pb"), "--backend", backend,
-                 "--distances", distances, "--report", report]  # fmt: skip
+    arguments = [golden("ref.npz"), golden("sample.npz"), "--graph", golden("graph.pb")]
+    arguments += ["--backend", backend, "--distances", distances, "--report", report]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # all cores
     subprocess.run([sys.executable, evaluator.__file__, *map(str, arguments)], env=environment, check=True)
     metrics = json.loads(report.with_name("report.json").read_text())["metrics"]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from autoregressive.train import extract_codes_c2i
-from dataset import convert_codes, extraction_job, verify_codes
+from autoregressive.train import extract_codes_c2i, verify_codes
+from dataset import convert_codes, extraction_job
 from dataset.code_store import open_store
 from dataset.crops import center_crop, cut_crops, enlarged_size, to_model_range
 from dataset.image_folder import list_image_folder, load_rgb
 from tests.processes import run_main
 from tests.tiny_extraction import CLASSES, CODEBOOK, IMAGES, arguments, contents, extract, make_images, make_tokenizer
-from tokenizer.tokenizer_image.load import build_tokenizer
+from tokenizer.tokenizer_image.load import TokenizerSettings, build_tokenizer
 from utils.program import UserError
 
 COUNT = len(CLASSES) * IMAGES
@@ -38,9 +38,13 @@ def codes(tmp_path):
     return tmp_path / "codes"
 
 
+def load(tokenizer):
+    return build_tokenizer(TokenizerSettings(str(tokenizer), "VQ-Tiny", CODEBOOK))[0]
+
+
 def one_at_a_time(data, tokenizer, image_size=16, crop_range=1.1):
     """(images, 10, H·W) codes by the published procedure: one image a pass, float32."""
-    model, _ = build_tokenizer("VQ-Tiny", CODEBOOK, 8, tokenizer)
+    model = load(tokenizer)
     folder = list_image_folder(data)
     codes = []
     for image in range(len(folder)):
@@ -70,11 +74,11 @@ def test_the_store_describes_itself(monkeypatch, data, codes, tokenizer, capsys)
     assert "torch" in meta.software
     path, size = store.sources()[IMAGES]
     assert (path, size) == ("bee/0.png", os.path.getsize(data / "bee" / "0.png"))
-    assert sorted(contents(codes)) == [f"toy16_codes/{name}" for name in
-                                       ("codes-00000.npy", "images.jsonl", "labels.npy", "meta.json")]  # fmt: skip
+    files = ("codes-00000.npy", "images.jsonl", "labels.npy", "meta.json", "places.json")
+    assert sorted(contents(codes)) == [f"toy16_codes/{name}" for name in files]
     said = capsys.readouterr().out
     assert "24 images × 10 crops at crop range 1.1, 16 px, 4×4 codes, 3 classes" in said
-    assert "next: bash scripts/autoregressive/train_c2i.sh --code-path" in said
+    assert "scripts/autoregressive/train_c2i.sh --code-path" in said
     assert "--dataset toy_code --image-size 16 --downsample-size 4 --vocab-size 64 --num-classes 3" in said
 
 
@@ -83,7 +87,7 @@ def test_without_ten_crop_the_centre_crop_and_its_mirror_are_stored(monkeypatch,
     extract(monkeypatch, command)
     store = open_store(codes / "toy16_codes")
     assert (store.meta.crops, store.meta.crop_range) == (2, None)
-    model, _ = build_tokenizer("VQ-Tiny", CODEBOOK, 8, tokenizer)
+    model = load(tokenizer)
     square = torch.from_numpy(center_crop(load_rgb(data / "ant" / "3.png"), 16).copy())
     pair = model.encode_indices(to_model_range(torch.stack([square, square.flip(1)])))
     np.testing.assert_array_equal(store.codes(np.array([3, 3]), np.array([0, 1])), pair)
@@ -105,11 +109,46 @@ def test_debug_takes_the_first_images_of_each_class(monkeypatch, data, codes, to
     assert "--dataset toy_debug_code" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "fp32"], ["--num-workers", "2"]])
+@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "none"], ["--num-workers", "2"]])
 def test_other_precisions_and_workers(monkeypatch, data, codes, tokenizer, options):
     extract(monkeypatch, arguments(data, codes, tokenizer, *options))
     equal = (open_store(codes / "toy16_codes").block(0, COUNT) == one_at_a_time(data, tokenizer)).mean()
     assert equal > (0.5 if "bf16" in options else 0.999)
+
+
+OWN_TOKENIZER = '''
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Grey(nn.Module):
+    """Codes are levels of grey, and there is nothing else in it."""
+    downsample_factor, codebook_size = 4, 16
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def encode_indices(self, images):
+        grey = F.avg_pool2d(images.float().mean(1, keepdim=True), 4).add(1).mul(8 * self.gain)
+        return grey.long().clamp(0, 15).flatten(1)
+
+    def decode_indices(self, codes):
+        return F.interpolate((codes[:, None].float() / 8 - 0.9375).expand(-1, 3, -1, -1), scale_factor=4.0)
+'''
+
+
+def test_a_tokenizer_of_ones_own_needs_only_the_protocol(monkeypatch, data, codes, tmp_path, capsys):
+    (tmp_path / "grey.py").write_text(OWN_TOKENIZER)
+    torch.save({"model": {"gain": torch.ones(())}}, tmp_path / "grey.pt")
+    own = ("--vq-model", f"{tmp_path / 'grey.py'}:Grey", "--codebook-size", 16)
+    extract(monkeypatch, arguments(data, codes, tmp_path / "grey.pt", *own))
+    store = open_store(codes / "toy16_codes")
+    assert (store.meta.codebook_size, store.meta.grid, store.meta.dtype) == (16, (4, 4), "uint16")
+    assert "grey.py:Grey sha256 " in store.meta.tokenizer["name"]
+    assert 4 < len(np.unique(store.block(0, COUNT))) <= 16
+    verify(monkeypatch, store.path, data, tmp_path / "grey.pt", tmp_path / "sheet.png", *own[:2])
+    assert "100.00% of the codes of 24 random crops are found again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -163,12 +202,27 @@ def test_a_full_disk_stops_it_and_the_same_command_continues(monkeypatch, data, 
     assert not (codes / "resumed" / "toy16_codes").exists()
     encoded = []
     write_block = extraction_job.Job.write_block
-    monkeypatch.setattr(extraction_job.Job, "write_block",
-                        lambda job, block, *rest: encoded.append(block) or write_block(job, block, *rest))  # fmt: skip
+    monkeypatch.setattr(
+        extraction_job.Job,
+        "write_block",
+        lambda job, block, *rest: encoded.append(block) or write_block(job, block, *rest),
+    )
     extract(monkeypatch, command)
     assert encoded == list(range(3, 12))  # nothing twice
     assert "continuing: 6 of 24 images are encoded" in capsys.readouterr().out
     assert contents(codes / "resumed") == contents(codes / "straight")
+
+
+def test_an_extraction_begun_before_settings_had_their_names_is_continued(monkeypatch, data, codes, tokenizer):
+    command = arguments(data, codes, tokenizer, "--precision", "none")
+    interrupt(monkeypatch, command)
+    plan = codes / "toy16_codes.partial" / "work" / "plan.json"
+    there = {name: value for name, value in json.loads(plan.read_text()).items() if name not in ("ten_crop", "mirror")}
+    plan.write_text(json.dumps(there | {"precision": "fp32"}))
+    with pytest.raises(UserError, match=r"crops \(10 there, 5 here\)"):
+        extract(monkeypatch, [*command, "--no-mirror"])
+    extract(monkeypatch, [*command, "--precision", "fp32"])
+    assert len(open_store(codes / "toy16_codes")) == COUNT
 
 
 def test_an_unfinished_extraction_refuses_other_settings(monkeypatch, data, codes, tokenizer, tmp_path):
@@ -176,13 +230,13 @@ def test_an_unfinished_extraction_refuses_other_settings(monkeypatch, data, code
     interrupt(monkeypatch, command)
     other = make_tokenizer(tmp_path / "other.pt", seed=1)
     for options, difference in (
-        (["--crop-range", "1.3"], "crop range 1.1 there, 1.3 now"),
-        (["--no-mirror"], "crops 10 there, 5 now"),
-        (["--precision", "bf16"], "precision tf32 there, bf16 now"),
-        (["--batch-size", "40"], "batch size 20 there, 40 now"),
-        (["--vq-ckpt", str(other)], "tokenizer sha256"),
+        (["--crop-range", "1.3"], r"crop_range \(1.1 there, 1.3 here\)"),
+        (["--no-mirror"], r"mirror \(True there, False here\), crops \(10 there, 5 here\)"),
+        (["--precision", "bf16"], r"precision \(tf32 there, bf16 here\)"),
+        (["--batch-size", "40"], r"batch_size \(20 there, 40 here\)"),
+        (["--vq-ckpt", str(other)], "tokenizer_sha256"),
     ):
-        with pytest.raises(UserError, match=f"other settings .*{difference}"):
+        with pytest.raises(UserError, match=f"other settings: {difference}"):
             extract(monkeypatch, command + options)
     Image.new("RGB", (20, 20)).save(data / "bee" / "new.png")
     with pytest.raises(UserError, match="1 added, such as bee/new.png"):
@@ -195,10 +249,10 @@ def test_an_unfinished_extraction_refuses_other_settings(monkeypatch, data, code
 
 def test_a_finished_store_refuses_other_settings(monkeypatch, data, codes, tokenizer):
     extract(monkeypatch, arguments(data, codes, tokenizer))
-    with pytest.raises(UserError, match="crop range 1.1 there, 1.05 now.*choose another --code-path"):
+    with pytest.raises(UserError, match=r"crop_range \(1.1 there, 1.05 here\).*choose another --code-path"):
         extract(monkeypatch, arguments(data, codes, tokenizer, "--crop-range", "1.05"))
     (data / "cat" / "2.png").unlink()
-    with pytest.raises(UserError, match="images 24 there, 23 now"):
+    with pytest.raises(UserError, match=r"images \(24 there, 23 here\)"):
         extract(monkeypatch, arguments(data, codes, tokenizer))
 
 
@@ -286,6 +340,21 @@ def test_an_image_repaired_at_the_same_size_is_encoded(monkeypatch, data, codes,
     np.testing.assert_array_equal(store.block(0, COUNT - 1), straight.block(0, COUNT)[kept])
 
 
+def test_an_image_repaired_after_its_shard_was_joined_is_encoded(monkeypatch, data, codes, tokenizer):
+    extract(monkeypatch, arguments(data, codes / "straight", tokenizer))
+    whole = (data / "bee" / "2.png").read_bytes()
+    (data / "bee" / "2.png").write_bytes(bytes(len(whole)))
+    command = arguments(data, codes / "repaired", tokenizer, "--skip-bad-images")
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction_job.Job, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            extract(patch, command)
+    assert (codes / "repaired" / "toy16_codes.partial" / "codes-00000.npy").exists()
+    (data / "bee" / "2.png").write_bytes(whole)
+    extract(monkeypatch, command)
+    assert contents(codes / "repaired") == contents(codes / "straight")
+
+
 def test_several_ranks_list_what_they_cannot_read(data, codes, tokenizer, tmp_path):
     (data / "bee" / "2.png").write_bytes(b"")
     log = tmp_path / "log"
@@ -304,18 +373,17 @@ def test_out_of_memory_is_told_in_a_sentence(monkeypatch, data, codes, tokenizer
         extract(monkeypatch, arguments(data, codes, tokenizer))
 
 
-def test_what_would_prevent_publishing_is_found_at_the_start(monkeypatch, data, codes, tokenizer):
+def publish(monkeypatch, packed, output):
+    run_tool(monkeypatch, convert_codes, "--codes", packed, "--output", output, "--layout", "published")
+
+
+def test_labels_of_others_are_not_published_over(monkeypatch, data, codes, tokenizer):
+    extract(monkeypatch, arguments(data, codes / "whole", tokenizer))
     (codes / "toy16_labels").mkdir(parents=True)
     np.save(codes / "toy16_labels" / "0.npy", [2])
-    command = arguments(data, codes, tokenizer, "--layout", "published")
-    monkeypatch.setattr(extract_codes_c2i, "extract", None)  # not reached
     with pytest.raises(UserError, match="toy16_labels exists already and holds other labels"):
-        extract(monkeypatch, command)
-    (codes / "toy16_labels" / "0.npy").unlink()
-    (codes / "toy16_labels").rmdir()
-    (codes / "toy16_codes.partial" / "work").mkdir(parents=True)
-    with pytest.raises(UserError, match="toy16_codes.partial holds an interrupted extraction"):
-        extract(monkeypatch, command)
+        publish(monkeypatch, codes / "whole" / "toy16_codes", codes / "toy16_codes")
+    assert not (codes / "toy16_codes").exists()
 
 
 def test_conversion_leaves_an_interrupted_extraction_alone(monkeypatch, data, codes, tokenizer):
@@ -324,8 +392,7 @@ def test_conversion_leaves_an_interrupted_extraction_alone(monkeypatch, data, co
     interrupt(monkeypatch, command)
     before = contents(codes / "begun")
     with pytest.raises(UserError, match="holds an interrupted extraction; finish it"):
-        run_tool(monkeypatch, convert_codes, "--codes", codes / "whole" / "toy16_codes", "--layout", "published",
-                 "--output", codes / "begun" / "toy16_codes")  # fmt: skip
+        publish(monkeypatch, codes / "whole" / "toy16_codes", codes / "begun" / "toy16_codes")
     assert contents(codes / "begun") == before
 
 
@@ -344,31 +411,25 @@ def test_skipping_every_image_is_refused(monkeypatch, data, codes, tokenizer):
     assert not (codes / "toy16_codes").exists()
 
 
-def test_published_layout_and_both_conversions(monkeypatch, data, codes, tokenizer):
+def test_both_conversions(monkeypatch, data, codes, tokenizer):
     extract(monkeypatch, arguments(data, codes / "packed", tokenizer))
-    extract(monkeypatch, arguments(data, codes / "published", tokenizer, "--layout", "published"))
     packed, published = codes / "packed" / "toy16_codes", codes / "published" / "toy16_codes"
+    publish(monkeypatch, packed, published)
     np.testing.assert_array_equal(open_store(packed).block(0, COUNT), open_store(published).block(0, COUNT))
     assert sorted(path.name for path in published.parent.iterdir()) == ["toy16_codes", "toy16_labels"]
-    assert (np.load(published / "9.npy").shape, np.load(published.parent / "toy16_labels" / "9.npy")) == (
-        (1, 10, 16),
-        [1],
-    )
-
-    run_tool(
-        monkeypatch, convert_codes, "--codes", packed, "--output", codes / "a" / "toy16_codes", "--layout", "published"
-    )
-    assert contents(codes / "a") == contents(codes / "published")
-    run_tool(
-        monkeypatch, convert_codes, "--codes", codes / "a" / "toy16_codes", "--output", codes / "b" / "toy16_codes"
-    )
+    codes_of_9, label_of_9 = np.load(published / "9.npy"), np.load(published.parent / "toy16_labels" / "9.npy")
+    assert (codes_of_9.shape, label_of_9) == ((1, 10, 16), [1])
+    run_tool(monkeypatch, convert_codes, "--codes", published, "--output", codes / "b" / "toy16_codes")
+    (packed / "places.json").unlink()  # where things lay at extraction, which the published layout does not say
     assert contents(codes / "b") == contents(codes / "packed")
-    (published.parent / "toy16_codes.packed").mkdir()  # as left by a kill after the last rename
-    extract(monkeypatch, arguments(data, codes / "published", tokenizer, "--layout", "published"))
-    with pytest.raises(UserError, match="in the other layout than published; convert it"):
-        extract(monkeypatch, arguments(data, codes / "packed", tokenizer, "--layout", "published"))
-    assert contents(codes / "a") == contents(codes / "published")
-    assert not (published.parent / "toy16_codes.packed").exists()
+
+
+def foreign_published(monkeypatch, data, codes, tokenizer, *options):
+    """A store in the published layout without the description that is kept here."""
+    extract(monkeypatch, arguments(data, codes / "packed", tokenizer, *options))
+    publish(monkeypatch, codes / "packed" / "toy16_codes", codes / "toy16_codes")
+    for name in ("meta.json", "images.jsonl", "labels.npy"):
+        (codes / "toy16_codes" / name).unlink()
 
 
 def run_tool(monkeypatch, module, *arguments):
@@ -377,9 +438,7 @@ def run_tool(monkeypatch, module, *arguments):
 
 
 def test_foreign_published_folder_gets_its_description_from_the_flags(monkeypatch, data, codes, tokenizer, tmp_path):
-    extract(monkeypatch, arguments(data, codes, tokenizer, "--layout", "published"))
-    (codes / "toy16_codes" / "meta.json").unlink()
-    (codes / "toy16_codes" / "images.jsonl").unlink()
+    foreign_published(monkeypatch, data, codes, tokenizer)
     plain = tmp_path / "plain" / "toy16_codes"
     run_tool(monkeypatch, convert_codes, "--codes", codes / "toy16_codes", "--output", plain)
     assert open_store(plain).meta.crop_range is None
@@ -390,8 +449,20 @@ def test_foreign_published_folder_gets_its_description_from_the_flags(monkeypatc
         run_tool(monkeypatch, convert_codes, "--codes", source, "--output", output, "--codebook-size", 2)
     with pytest.raises(UserError, match="does not hold the images of"):
         run_tool(monkeypatch, convert_codes, "--codes", source, "--output", output, "--data-path", fewer)
-    run_tool(monkeypatch, convert_codes, "--codes", source, "--output", output, "--data-path", data,
-             "--codebook-size", CODEBOOK, "--crop-range", 1.05)  # fmt: skip
+    run_tool(
+        monkeypatch,
+        convert_codes,
+        "--codes",
+        source,
+        "--output",
+        output,
+        "--data-path",
+        data,
+        "--codebook-size",
+        CODEBOOK,
+        "--crop-range",
+        1.05,
+    )
     store = open_store(output)
     assert store.meta.crop_range == 1.05
     assert (store.meta.class_names, store.meta.num_classes, store.meta.dtype) == (list(CLASSES), 3, "uint16")
@@ -405,18 +476,22 @@ def test_foreign_published_folder_gets_its_description_from_the_flags(monkeypatc
         run_tool(monkeypatch, convert_codes, "--codes", output, "--output", tmp_path / "x", "--layout", "published")
 
 
-def verify(monkeypatch, store, data, tokenizer, sheet):
-    run_tool(
-        monkeypatch, verify_codes, "--codes", store, "--data-path", data, "--vq-ckpt", tokenizer, "--output", sheet
-    )
+def verify(monkeypatch, store, data, tokenizer, sheet, *options):
+    paths = ("--codes", store, "--data-path", data, "--vq-ckpt", tokenizer, "--output", sheet)
+    run_tool(monkeypatch, verify_codes, *paths, *options)
 
 
 def test_verify_accepts_a_sound_store_and_draws_it(monkeypatch, data, codes, tokenizer, tmp_path, capsys):
     extract(monkeypatch, arguments(data, codes, tokenizer))
     verify(monkeypatch, codes / "toy16_codes", data, tokenizer, tmp_path / "sheet.png")
     said = capsys.readouterr().out
-    for line in ("3 match their checksums", "3 classes with 8 to 8 images", "of 64 in use, perplexity",
-                 "100.00% of the codes of 24 random crops are found again", "is sound"):  # fmt: skip
+    for line in (
+        "3 match their checksums",
+        "3 classes with 8 to 8 images",
+        "of 64 in use, perplexity",
+        "100.00% of the codes of 24 random crops are found again",
+        "is sound",
+    ):
         assert line in said
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.size == (4 * 168 + 8, 6 * 104 + 8)
@@ -425,26 +500,49 @@ def test_verify_accepts_a_sound_store_and_draws_it(monkeypatch, data, codes, tok
 
 
 def test_verify_reads_the_published_layout(monkeypatch, data, codes, tokenizer, tmp_path, capsys):
-    extract(monkeypatch, arguments(data, codes, tokenizer, "--layout", "published"))
-    (codes / "toy16_codes" / "meta.json").unlink()
-    (codes / "toy16_codes" / "images.jsonl").unlink()
-    run_tool(monkeypatch, verify_codes, "--codes", codes / "toy16_codes", "--data-path", data, "--vq-ckpt", tokenizer,
-             "--output", tmp_path / "sheet.png", "--vq-model", "VQ-Tiny", "--codebook-size", CODEBOOK)  # fmt: skip
+    foreign_published(monkeypatch, data, codes, tokenizer)
+    run_tool(
+        monkeypatch,
+        verify_codes,
+        "--codes",
+        codes / "toy16_codes",
+        "--data-path",
+        data,
+        "--vq-ckpt",
+        tokenizer,
+        "--output",
+        tmp_path / "sheet.png",
+        "--vq-model",
+        "VQ-Tiny",
+        "--codebook-size",
+        CODEBOOK,
+    )
     said = capsys.readouterr().out
     assert "no checksums are kept" in said
     assert "100.00% of the codes" in said
 
 
 def test_verify_takes_the_crop_range_that_the_store_does_not_tell(monkeypatch, data, codes, tokenizer, tmp_path):
-    extract(monkeypatch, arguments(data, codes, tokenizer, "--layout", "published", "--crop-range", "1.5"))
-    (codes / "toy16_codes" / "meta.json").unlink()
+    foreign_published(monkeypatch, data, codes, tokenizer, "--crop-range", "1.5")
     ranges = []
     monkeypatch.setattr(verify_codes, "enlarged_size", lambda *given: ranges.append(given[2]) or enlarged_size(*given))
-    common = ("--codes", codes / "toy16_codes", "--vq-ckpt", tokenizer, "--data-path", data, "--vq-model", "VQ-Tiny",
-              "--codebook-size", CODEBOOK, "--output", tmp_path / "sheet.png")  # fmt: skip
+    common = (
+        "--codes",
+        codes / "toy16_codes",
+        "--vq-ckpt",
+        tokenizer,
+        "--data-path",
+        data,
+        "--vq-model",
+        "VQ-Tiny",
+        "--codebook-size",
+        CODEBOOK,
+        "--output",
+        tmp_path / "sheet.png",
+    )
     run_tool(monkeypatch, verify_codes, *common, "--crop-range", 1.5)
     assert set(ranges) == {1.5}
-    with pytest.raises(UserError, match="--crop-range 0.5 is less than 1"):
+    with pytest.raises(UserError, match="--crop-range must be at least 1, got 0.5"):
         run_tool(monkeypatch, verify_codes, *common, "--crop-range", 0.5)
 
 
@@ -496,7 +594,7 @@ def shorten_image_list(store, data):
         (shorten_image_list, "lists 23 images, the store holds 24"),
         (swap_images, r"codes of \d+ of 24 images are not theirs"),
     ],
-)  # fmt: skip
+)
 def test_verify_says_what_is_wrong(monkeypatch, data, codes, tokenizer, tmp_path, damage, sentence):
     extract(monkeypatch, arguments(data, codes, tokenizer))
     damage(codes / "toy16_codes", data)
@@ -523,9 +621,9 @@ def test_verify_notices_another_tokenizer(monkeypatch, data, codes, tokenizer, t
         (["--codebook-size", "32"], "does not fit this model"),
         (["--image-size", "18"], "--image-size 18 is not a multiple of 4, .* use 16"),
         (["--image-size", "2"], "--image-size 2 is not a multiple of 4, .* use 4"),
-        (["--crop-range", "0.9"], "--crop-range 0.9 is less than 1"),
-        (["--batch-size", "0"], "--batch-size 0 is too small"),
-        (["--num-workers", "-1"], "--num-workers -1 is too small"),
+        (["--crop-range", "0.9"], "--crop-range must be at least 1, got 0.9"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
         (["--code-path", "{tmp}/taken"], "exists without a meta.json of this program"),
     ],
 )

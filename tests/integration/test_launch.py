@@ -4,15 +4,21 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import venv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.processes import free_port
 from tests.tiny_training import NO_DROPOUT, command, rows, tiny_store
+from utils.files import lock_folder
+from utils.launch import Nodes, meet
+from utils.program import UserError
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -29,9 +35,13 @@ def start(arguments, log, cwd=None, inside=(), **variables):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with open(log, "ab") as output:
         return subprocess.Popen(
-            [*inside, "bash", script, *map(str, arguments)], env=environment | ENVIRONMENT | variables, cwd=cwd,
-            stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+            [*inside, "bash", script, *map(str, arguments)],
+            env=environment | ENVIRONMENT | variables,
+            cwd=cwd,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
 
 
 def ended(process, timeout=200) -> int:
@@ -114,8 +124,8 @@ def test_ignored_signals_stay_ignored(codes, tmp_path):
 
 @pytest.fixture
 def two_nodes():
-    """(commands that enter each node, address of the first): two network namespaces with their own addresses where
-    they may be made (root, Linux), else this machine twice.
+    """(commands that enter each node, name of the first): two network namespaces with their own addresses where they
+    may be made (root, Linux), else this machine twice. The first resolves its own name to itself alone, as on Debian.
     """
     names = [f"npp{os.getpid()}-{node}" for node in (0, 1)]
     setup = [f"ip netns add {name}" for name in names]
@@ -124,56 +134,193 @@ def two_nodes():
         setup += [f"ip -n {name} addr add 10.99.0.{node + 1}/24 dev npp-v{node}"]
         setup += [f"ip -n {name} link set {device} up" for device in (f"npp-v{node}", "lo")]
     made = shutil.which("ip") and all(subprocess.run(c.split(), capture_output=True).returncode == 0 for c in setup)
-    yield ([["ip", "netns", "exec", name] for name in names], "10.99.0.1") if made else ([(), ()], "127.0.0.1")
+    for name, address in zip(names if made else (), ("127.0.1.1", "10.99.0.1"), strict=False):
+        hosts = Path("/etc/netns", name, "hosts")  # stands for /etc/hosts inside
+        hosts.parent.mkdir(parents=True)
+        hosts.write_text(f"127.0.0.1 localhost\n{address} first-node\n")
+    yield ([["ip", "netns", "exec", name] for name in names], "first-node") if made else ([(), ()], "127.0.0.1")
     for name in names if shutil.which("ip") else ():
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
+
+
+def start_nodes(arguments, nodes, logs, **variables):
+    """The same command on both nodes: their launchers, and a function that starts one of them."""
+    enter, address = nodes
+    variables |= {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+
+    def start_node(rank: int):
+        return start(arguments, logs[rank], inside=enter[rank], NODE_RANK=str(rank), **variables)
+
+    return [start_node(0), start_node(1)], start_node
+
+
+def kill(*processes) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_nodes_train_together_and_survive_the_loss_of_one(codes, two_nodes, tmp_path):
     """Two torchrun agents, one rendezvous; the second is killed with its worker and started again; the run ends."""
-    enter, address = two_nodes
     arguments = command(codes, tmp_path, small=SMALL, no=NO_DROPOUT)
-    variables = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
-    first = start(arguments, tmp_path / "log0", inside=enter[0], NODE_RANK="0", **variables)
-    second = start(arguments, tmp_path / "log1", inside=enter[1], NODE_RANK="1", **variables)
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    (first, second), start_node = start_nodes(arguments, two_nodes, logs)
     try:
         wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), first)
         for worker in workers_of(second.pid):
             os.kill(worker, signal.SIGKILL)
         os.killpg(second.pid, signal.SIGKILL)
-        again = start(arguments, tmp_path / "log1", inside=enter[1], NODE_RANK="1", **variables)
+        again = start_node(1)
         assert ended(first) == 0
         assert ended(again) == 0
     finally:
-        for process in (first, second):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert "continuing" in (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+        kill(first, second)
+    assert "continuing" in logs[0].read_text() + logs[1].read_text()
     assert rows(tmp_path)[-1]["step"] == 120
+
+
+@pytest.mark.parametrize("restarts", ["0", "3"])
+def test_a_mistake_that_one_node_sees_ends_all_with_its_sentence(restarts, codes, two_nodes, tmp_path):
+    arguments = command(codes, tmp_path, small=SMALL)
+    (tmp_path / "run").mkdir()
+    held = lock_folder(tmp_path / "run", "")  # only the main rank wants it
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    nodes, _ = start_nodes(arguments, two_nodes, logs, MAX_RESTARTS=restarts)
+    try:
+        for node, log in zip(nodes, logs, strict=True):
+            assert ended(node, 60) == 2
+            assert log.read_text().count("error: ") == 1
+            assert "Traceback" not in log.read_text()
+            assert f"training in {tmp_path}/run; wait for it" in log.read_text()
+    finally:
+        kill(*nodes)
+        held.close()
+
+
+def interpreter(folder: Path, body: str) -> str:
+    """A stand-in for the interpreter."""
+    (folder / "python").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "python").chmod(0o755)
+    return str(folder / "python")
+
+
+def launch(*arguments, script="launch.sh", **variables):
+    """The launcher's end, with what it said."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= ENVIRONMENT | {name: str(value) for name, value in variables.items()}
+    call = ["bash", ROOT / "scripts" / script, *map(str, arguments)]
+    return subprocess.run(call, env=environment, text=True, capture_output=True, timeout=100)
 
 
 def test_slurm_variables_make_the_same_world(tmp_path):
     """Under srun the launcher takes nodes, rank and first node from Slurm; python and scontrol stand in here."""
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    for name, body in {"scontrol": "printf 'node7\\nnode8\\n'", "python": 'echo "$@"'}.items():
-        (bin_folder / name).write_text(f"#!/bin/sh\n{body}\n")
-        (bin_folder / name).chmod(0o755)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "12345"}
-    environment = os.environ | slurm | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "NPROC_PER_NODE": "8",
-                                        "PYTHON": str(bin_folder / "python")}  # fmt: skip
-    launched = subprocess.run(["bash", ROOT / "scripts/launch.sh", "some.module", "--flag"], env=environment, text=True,
-                              capture_output=True, check=True).stdout.split()  # fmt: skip
-    assert launched[:2] == [str(ROOT / "scripts/run_module.py"), "utils.launch"]
-    expected = {"--nnodes=2", "--nproc-per-node=8", "--rdzv-id=12345", "--rdzv-conf=is_host=0",
-                "--rdzv-endpoint=node7:32345", "--rdzv-backend=c10d"}  # fmt: skip
-    assert expected <= set(launched)
-    assert launched[-3:] == [str(ROOT / "scripts/run_module.py"), "some.module", "--flag"]
+    python = interpreter(tmp_path, 'env; echo "$@"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = launch("some.module", "--flag", **slurm, PATH=path, NPROC_PER_NODE=8, PYTHON=python)
+    variables = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert Nodes.read(variables) == Nodes(2, 1, processes=8, restarts=0, first="node7", port=32345, job="12345")
+    starter = ROOT / "scripts/run_module.py"
+    assert done.stdout.splitlines()[-1] == f"{starter} utils.launch some.module --flag"
 
 
-def test_several_nodes_need_an_address():
-    environment = os.environ | {"NNODES": "2", "NPROC_PER_NODE": "1"}
-    environment.pop("MASTER_ADDR", None)
-    refused = subprocess.run(["bash", ROOT / "scripts/launch.sh", "m"], env=environment, text=True, capture_output=True)
-    assert refused.returncode == 2
-    assert "MASTER_ADDR is not set" in refused.stderr
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"NPROC_PER_NODE": "x"}, "NPROC_PER_NODE must be a whole number from 1 to 1024, got x"),
+        ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE must be a whole number from 1"),
+        ({"NNODES": "-2"}, "NNODES must be a whole number from 1"),
+        ({"NNODES": "9" * 5000}, "NNODES must be a whole number from 1"),
+        ({"MAX_RESTARTS": "1.5"}, "MAX_RESTARTS must be a whole number from 0"),
+        ({"NNODES": "2"}, "MASTER_ADDR is not set; give the address of the first node"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK must be a whole number from 0 to 1, got 2"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT must be a whole number from 1 to"),
+        ({"NNODES": "2", "MASTER_ADDR": "no such", "NODE_RANK": "1"}, "MASTER_ADDR no such is no address"),
+        ({"PYTHON": "/nowhere/python"}, "there is no interpreter /nowhere/python"),
+    ],
+)
+def test_nonsense_in_the_environment(variables, sentence):
+    done = launch("some.module", **variables)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_nodes_that_do_not_come_and_a_port_that_is_taken(monkeypatch):
+    monkeypatch.setattr("utils.launch.PATIENCE", 0.5)
+    nodes = Nodes(2, 1, processes=1, restarts=0, first="127.0.0.1", port=free_port(), job="npp")
+    with pytest.raises(UserError, match="the first node does not answer at 127.0.0.1:.*; check MASTER_ADDR"):
+        meet(nodes)
+    with pytest.raises(UserError, match="no other node has come to port"):
+        meet(replace(nodes, rank=0))
+    with socket.create_server(("", 0)) as taken:
+        nodes = replace(nodes, rank=0, port=taken.getsockname()[1])
+        with pytest.raises(UserError, match="in use.; give another MASTER_PORT"):
+            meet(nodes)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert Nodes.read({"NPROC_PER_NODE": "8"}).processes == 8
+    with pytest.raises(UserError, match="NPROC_PER_NODE is 9, but there are 8 GPUs"):
+        Nodes.read({"NPROC_PER_NODE": "9"})
+
+
+def test_a_mistyped_flag_is_said_once_and_not_restarted():
+    done = launch("--epcohs", "3", script="autoregressive/train_c2i.sh", NPROC_PER_NODE=2)
+    assert done.returncode == 2
+    assert "error: unrecognized arguments: --epcohs 3; --help lists" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_is_said_once():
+    for variables in ({"NPROC_PER_NODE": 2}, {"NNODES": 2}):
+        done = launch("--help", script="autoregressive/train_c2i.sh", **variables)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("usage: ") == 1
+
+
+def test_what_other_launchers_leave_in_the_environment(tmp_path):
+    left = {"RANK": 3, "WORLD_SIZE": 8, "LOCAL_RANK": 3, "PYTHONOPTIMIZE": 2}
+    shown = launch("some.module", **left, PYTHON=interpreter(tmp_path, "env")).stdout.splitlines()
+    assert not [line for line in shown if line.split("=")[0] in left]
+
+
+def test_an_interpreter_without_torch(tmp_path):
+    venv.create(tmp_path / "bare")
+    bare = tmp_path / "bare/bin/python"
+    evaluator = subprocess.run([bare, ROOT / "evaluations/c2i/evaluator.py"], text=True, capture_output=True)
+    for done in (launch(script="evaluate.sh", PYTHON=bare), launch("x", NPROC_PER_NODE=2, PYTHON=bare), evaluator):
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: {bare} has no PyTorch; start programs by scripts/*.sh, which find .venv, activate it, or "
+            "name an interpreter in the variable PYTHON.\n"
+        )
+
+
+def test_through_a_symlink_with_cdpath_set(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "weights.sh").symlink_to(ROOT / "scripts/download.sh")
+    for call, folder in ((tmp_path / "weights.sh", "/"), ("scripts/download.sh", ROOT)):
+        variables = os.environ | ENVIRONMENT | {"CDPATH": str(tmp_path)}
+        done = subprocess.run(["bash", call], env=variables, cwd=folder, text=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("vq_ds16_c2i.pt")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_closed_pipe_ends_in_silence(processes):
+    call = subprocess.Popen(
+        ["bash", ROOT / "scripts/launch.sh", "pretrained_models.download"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | ENVIRONMENT | {"NPROC_PER_NODE": processes},
+        text=True,
+    )
+    call.stdout.close()
+    said = call.stderr.read()
+    assert call.wait(60) == (141 if processes == "1" else 2)
+    assert said == ""

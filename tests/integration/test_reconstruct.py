@@ -13,9 +13,11 @@ from dataset.image_folder import list_image_folder, load_rgb
 from tests.processes import run_main
 from tests.tiny_tokenizer import smaller_tokenizer, tiny_images
 from tokenizer.tokenizer_image import lpips, reconstruct, vq_model
+from tokenizer.tokenizer_image.load import TokenizerSettings, build_tokenizer
 from tokenizer.tokenizer_image.lpips import LPIPS
 from tokenizer.tokenizer_image.vq_model import to_uint8
 
+CONFIG = {"vq_model": "VQ-Tiny", "codebook_size": 64, "codebook_embed_dim": 4}
 IMAGES = 11  # divides neither by the batch nor by the ranks
 
 
@@ -31,16 +33,22 @@ def tokenizer(tmp_path_factory):
     model = smaller_tokenizer(codebook_size=64, codebook_embed_dim=4)
     raw = model.state_dict()
     averaged = {name: value + 0.01 * torch.randn_like(value) for name, value in raw.items()}
-    torch.save({"model": raw, "ema": averaged, "config": {"vq_model": "VQ-Tiny", "codebook_size": 64}}, path)
+    torch.save({"model": raw, "ema": averaged, "config": CONFIG}, path)
     return path
 
 
 def run(images, tokenizer, results, *flags, world_size=1, **changes) -> list[int]:
     settings = {
-        "--data-path": images, "--vq-ckpt": tokenizer, "--vq-model": "VQ-Tiny", "--codebook-size": 64,
-        "--codebook-embed-dim": 4, "--image-size": 32, "--per-proc-batch-size": 3, "--num-workers": 0,
+        "--data-path": images,
+        "--vq-ckpt": tokenizer,
+        "--vq-model": "VQ-Tiny",
+        "--codebook-size": 64,
+        "--codebook-embed-dim": 4,
+        "--image-size": 32,
+        "--per-proc-batch-size": 3,
+        "--num-workers": 0,
         "--sample-dir": results / "out",
-    }  # fmt: skip
+    }
     for change in changes.values():
         settings |= change
 
@@ -62,7 +70,7 @@ def test_npz_scores_and_picture(images, tokenizer, tmp_path, monkeypatch):
     expected = np.stack([center_crop(load_rgb(folder.path(image)), 32) for image in range(IMAGES)])
     assert np.array_equal(originals, expected)
 
-    model, _ = reconstruct.build_tokenizer("VQ-Tiny", 64, 4, tokenizer)
+    model, _ = build_tokenizer(TokenizerSettings(str(tokenizer)))
     with torch.no_grad():
         decoded, _, codes = model(torch.from_numpy(expected).permute(0, 3, 1, 2).float() / 127.5 - 1)
     close = np.abs(found.astype(int) - to_uint8(decoded).permute(0, 2, 3, 1).numpy()) <= 1
@@ -70,10 +78,8 @@ def test_npz_scores_and_picture(images, tokenizer, tmp_path, monkeypatch):
 
     report = json.loads(base.with_name(base.name + ".settings.json").read_text())
     scores, pairs = report["scores"], list(zip(originals, found, strict=True))
-    similarity = [
-        structural_similarity(a, b, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5,
-                              use_sample_covariance=False) for a, b in pairs
-    ]  # fmt: skip
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    similarity = [structural_similarity(a, b, channel_axis=-1, **window) for a, b in pairs]
     assert scores["psnr"] == pytest.approx(np.mean([peak_signal_noise_ratio(a, b) for a, b in pairs]), abs=1e-4)
     assert scores["ssim"] == pytest.approx(np.mean(similarity), abs=1e-4)
     assert scores["code_usage"] == len(codes.unique()) / 64
@@ -86,7 +92,7 @@ def test_npz_scores_and_picture(images, tokenizer, tmp_path, monkeypatch):
         assert np.array_equal(np.asarray(picture)[32:, :32], found[0])
     said = (tmp_path / "log").read_text()
     assert "ema weights" in said
-    assert f"evaluator.py {base}-originals.npz {base}.npz" in said
+    assert f"evaluate.sh {base}-originals.npz {base}.npz" in said
 
 
 def test_two_processes_count_every_image_once(images, tokenizer, tmp_path):
@@ -115,7 +121,10 @@ def test_results_are_reported_again_and_never_mixed(images, tokenizer, tmp_path)
     assert run(images, tokenizer, tmp_path) == [0]
     assert result.stat().st_mtime_ns == written
     assert run(images, tokenizer, tmp_path, more={"--weights": "raw"}) == [2]
-    assert "of another run with the same name" in (tmp_path / "log").read_text()
+    assert (
+        "was made by another run with other settings: tokenizer.weights (ema there, raw here)"
+        in (tmp_path / "log").read_text()
+    )
     assert "give another --name" in (tmp_path / "log").read_text()
     assert run(images, tokenizer, tmp_path, "--save-originals") == [0]
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", ".json", ".npz", ".npz", ".png"]
@@ -147,8 +156,8 @@ def test_lpips_when_asked_for(images, tokenizer, tmp_path):
         ({"--data-path": "/nowhere"}, "there is no folder"),
         ({"--image-size": 30}, "not a multiple of 4"),
         ({"--image-size": 8}, "SSIM's window"),
-        ({"--codebook-size": 32}, "--codebook-size 64, not 32"),
-        ({"--vq-model": "VQ-8"}, "--vq-model VQ-Tiny, not VQ-8"),
+        ({"--codebook-size": 32}, "--codebook-size (64 there, 32 here)"),
+        ({"--vq-model": "VQ-8"}, "--vq-model (VQ-Tiny there, VQ-8 here)"),
         ({"--per-proc-batch-size": 0}, "--per-proc-batch-size must be at least 1"),
     ],
     ids=str,

@@ -68,7 +68,7 @@ def test_classes_without_names_are_spread_over_all(monkeypatch, models, tmp_path
         (dict(classes="cat"), "'cat' fits no class"),
         (dict(classes="digit"), r"'digit' fits several classes: 0 \(digit 0\), 1 \(digit 1\)"),
         (dict(classes=","), "'' fits no class"),
-        (dict(columns=0), "--columns 0 must be at least 1"),
+        (dict(columns=0), "--columns must be at least 1, got 0"),
         (dict(gpt_ckpt="nowhere.pt"), "there is no checkpoint nowhere.pt"),
         (dict(image_size=32), "grids of 4x4 codes"),
     ],

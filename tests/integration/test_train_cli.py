@@ -1,7 +1,10 @@
 """The GPT trainer's command line: the published one, what it prints and writes, and what it refuses."""
 
 import argparse
+import itertools
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -10,12 +13,13 @@ from PIL import Image
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train import train_c2i
-from autoregressive.train.schedule import Plan
+from autoregressive.train.monitor import Monitor
 from tests.processes import fork, run_main, wait
 from tests.stores import make_store
 from tests.tiny_training import NO_DROPOUT, assert_same_state, command, last_checkpoint, rows, tiny_store, train
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import read_checkpoint
+from utils.files import sha256
 
 TINY = dict(n_layer=2, n_head=2, dim=32, vocab_size=64, block_size=16, num_classes=4)
 
@@ -52,13 +56,13 @@ def refusal(arguments, tmp_path, world_size=1) -> str:
         ),
         ({"--epochs": 1}, "would get no epoch"),
         ({"--warmup-epochs": 3}, "less than --warmup-epochs 3"),
-        ({"--global-batch-size": 100}, "a batch must fit the data"),
+        ({"--global-batch-size": 100}, "must hold at least one batch"),
         ({"--gradient-accumulation-steps": 3}, "does not divide"),
         ({"--global-batch-size": 0}, "--global-batch-size must be at least 1"),
         ({"--downsample-size": 0}, "--downsample-size must be at least 1"),
         ({"--val-every": 0}, "--val-every must be at least 1"),
-        ({"--dropout-p": 2}, "--dropout-p must be in [0, 1)"),
-        ({"--lr": -1}, "--lr must be 0 or more"),
+        ({"--dropout-p": 2}, "--dropout-p must be at least 0 and below 1"),
+        ({"--lr": -1}, "--lr must be at least 0"),
         ({"--init-from": "missing.pt"}, "there is no checkpoint missing.pt"),
         ({"--resume": "missing.pt"}, "there is no checkpoint missing.pt"),
         ({"--gpt-ckpt": "missing.pt"}, "there is no checkpoint missing.pt"),
@@ -67,7 +71,7 @@ def refusal(arguments, tmp_path, world_size=1) -> str:
         ({"--val-code-path": "nowhere"}, "there is no folder nowhere"),
         ({"--vq-ckpt": "missing.pt"}, "there is no checkpoint missing.pt"),
         ({"--gpt-type": "t2i"}, "invalid choice"),
-        ({"--cls-token-num": 2}, "invalid choice"),
+        ({"--cls-token-num": 2}, "--cls-token-num above 1 needs a --conditioning"),
         ({"--gpt-model": "GPT-Z"}, "invalid choice"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -141,7 +145,7 @@ def test_what_a_run_leaves_behind(codes, tmp_path):
     assert train(command(codes, tmp_path, "--ema", x={"--cloud-save-path": mirror}), output=tmp_path / "log") == [0]
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["args"]["epochs"] == 4
-    assert config["config"]["grid"] == [4, 4]
+    assert config["config"]["model"]["grid"] == [4, 4]
     checkpoint = last_checkpoint(tmp_path)
     assert checkpoint.keys() >= {"model", "optimizer", "ema", "steps", "args", "config"}
     assert checkpoint["config"]["tokenizer"]["name"] == "VQ-Tiny"
@@ -156,7 +160,7 @@ def test_what_a_run_leaves_behind(codes, tmp_path):
     assert [path.name for path in sorted((mirror / "run/checkpoints").glob("0*.pt"))] == kept
     log = (tmp_path / "log").read_text()
     assert "0.62x the cost of next-token prediction" in log
-    assert "next: bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt" in log
+    assert "scripts/autoregressive/sample_c2i.sh --gpt-ckpt" in log
     named = [{key for key in row if key.startswith("loss")} for row in rows(tmp_path)]
     assert named == [{"loss_2x2"}] * 3 + [{"loss_1x1"}] * 3
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
@@ -178,19 +182,66 @@ def test_no_local_save_keeps_everything_at_the_second_place(codes, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_validation_and_sample_grids_change_nothing(codes, tmp_path):
-    assert train(command(codes, tmp_path / "plain", "--ema")) == [0]
-    make_store(tmp_path / "held-out/tiny16_codes", count=10, seed=1)
+@pytest.fixture
+def codes_of_a_tokenizer(tmp_path):
+    """The file of a tokenizer, and a folder of codes and one of held-out codes that are said to be its own."""
     torch.manual_seed(0)
     tokenizer = VQ_models["VQ-Tiny"](codebook_size=64, codebook_embed_dim=8)
     torch.save({"model": tokenizer.state_dict()}, tmp_path / "vq.pt")
-    watching = {"--val-code-path": tmp_path / "held-out", "--val-every": 4, "--vq-ckpt": tmp_path / "vq.pt",
-                "--sample-every": 5}  # fmt: skip
+    for name, count, seed in (("codes", 24, 0), ("held-out", 10, 1)):
+        make_store(tmp_path / name / "tiny16_codes", count=count, seed=seed, tokenizer_hash=sha256(tmp_path / "vq.pt"))
+    return tmp_path / "codes"
+
+
+def test_a_grid_is_drawn_by_the_tokenizer_of_the_codes_or_not_at_all(codes, codes_of_a_tokenizer, tmp_path):
+    arguments = command(codes, tmp_path, x={"--vq-ckpt": tmp_path / "vq.pt"})
+    assert train(arguments, output=tmp_path / "log") == [2]
+    assert "this GPT was trained on codes of another tokenizer" in (tmp_path / "log").read_text()
+
+
+def test_what_a_kill_prevented_is_made_up_for(codes_of_a_tokenizer, tmp_path):
+    """Killed after the checkpoint of a step, before the validation and the grid that follow it."""
+    watching = {"--val-code-path": tmp_path / "held-out", "--val-every": 3, "--vq-ckpt": tmp_path / "vq.pt"}
+    watching |= {"--sample-every": 3}
+    whole, parts = (command(codes_of_a_tokenizer, tmp_path / name, x=watching) for name in ("whole", "parts"))
+    assert train(whole) == [0]
+
+    def kill_before_validation():
+        original = Monitor.after_step
+
+        def after_step(self, steps_done):
+            if steps_done == 6:
+                self.training._writer.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(self, steps_done)
+
+        Monitor.after_step = after_step
+
+    assert train(parts, before=kill_before_validation) == [-signal.SIGKILL]
+    assert train(parts) == [0]
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    grids = [sorted((tmp_path / name / "run/samples").glob("*.png")) for name in ("whole", "parts")]
+    assert [grid.read_bytes() for grid in grids[0]] == [grid.read_bytes() for grid in grids[1]]
+    assert len(grids[0]) == 4
+
+
+def test_validation_and_sample_grids_change_nothing(codes_of_a_tokenizer, tmp_path):
+    codes = codes_of_a_tokenizer
+    assert train(command(codes, tmp_path / "plain", "--ema")) == [0]
+    watching = {
+        "--val-code-path": tmp_path / "held-out",
+        "--val-every": 4,
+        "--vq-ckpt": tmp_path / "vq.pt",
+        "--sample-every": 5,
+    }
     assert train(command(codes, tmp_path / "watched", "--ema", x=watching)) == [0]
     assert_same_state(last_checkpoint(tmp_path / "watched")["model"], last_checkpoint(tmp_path / "plain")["model"])
     validation = [row for row in rows(tmp_path / "watched") if any(key.startswith("val_loss") for key in row)]
-    assert [(row["step"], *list(row)[1:]) for row in validation] == [(4, "val_loss_2x2"), (8, "val_loss_1x1"),
-                                                                    (12, "val_loss_1x1")]  # fmt: skip
+    assert [(row["step"], *list(row)[1:]) for row in validation] == [
+        (4, "val_loss_2x2", "val_loss_1x1"),
+        (8, "val_loss_1x1"),
+        (12, "val_loss_1x1"),
+    ]
     grids = sorted((tmp_path / "watched/run/samples").glob("*.png"))
     assert [grid.name for grid in grids] == ["0000005.png", "0000010.png", "0000012.png"]
     assert Image.open(grids[0]).size == (8 * 18 + 2, 8 * 18 + 2)
@@ -206,7 +257,10 @@ def test_validation_and_sample_grids_change_nothing(codes, tmp_path):
 def test_held_out_codes_of_another_kind_are_refused(codes, tmp_path):
     make_store(tmp_path / "held-out/tiny16_codes", count=10, num_classes=5)
     assert train(command(codes, tmp_path, x={"--val-code-path": tmp_path / "held-out"}), output=tmp_path / "log") == [2]
-    assert "has another number of classes than the training codes" in (tmp_path / "log").read_text()
+    assert (
+        "extracted with other settings: number of classes (5 there, 4 here); extract held-out"
+        in (tmp_path / "log").read_text()
+    )
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(codes, tmp_path):
@@ -247,7 +301,9 @@ def test_continue_in_another_folder_with_gpt_ckpt(codes, tmp_path):
     assert "has 12 steps, this run ends at 12; raise --epochs" in (tmp_path / "log3").read_text()
     bigger = command(codes, tmp_path, x={"--gpt-ckpt": middle, "--run-name": "other", "--dropout-p": 0.3})
     assert train(bigger, output=tmp_path / "log") == [2]
-    assert "was trained with resid_dropout_p 0.1, this run has 0.3" in (tmp_path / "log").read_text()
+    assert (
+        "was trained with other settings: model.resid_dropout_p (0.1 there, 0.3 here)" in (tmp_path / "log").read_text()
+    )
 
 
 def test_a_checkpoint_with_code_in_it_is_not_run(codes, tmp_path):
@@ -268,14 +324,15 @@ def test_half_precisions_train(precision, codes, tmp_path):
 
 def test_gradients_that_are_not_finite_are_skipped_counted_and_in_the_end_fatal(codes, tmp_path):
     def poison(step_range):
-        original = Plan.level_at
+        original = train_c2i.set_learning_rate
         forward = Transformer.head_loss
 
-        def level_at(self, step):
-            Transformer.poisoned = step in step_range
-            return original(self, step)
+        def start_step(optimizer, lr):
+            Transformer.poisoned = next(steps) in step_range
+            return original(optimizer, lr)
 
-        Plan.level_at = level_at
+        steps = itertools.count()
+        train_c2i.set_learning_rate = start_step
         Transformer.head_loss = lambda self, *a: forward(self, *a) * (float("nan") if self.poisoned else 1.0)
 
     assert train(command(codes, tmp_path), before=lambda: poison(range(3, 5))) == [0]

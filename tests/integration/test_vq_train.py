@@ -8,16 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.code_dataset import BatchOrder
 from dataset.image_batches import RandomViews, random_view_batches
 from dataset.image_folder import list_image_folder
+from dataset.order import BatchOrder
 from tests.tiny_tokenizer import command, smaller_discriminator, smaller_tokenizer, tiny_images, train
 from tests.tiny_training import assert_same_state, interrupting, last_checkpoint, rows, send
 from tokenizer.tokenizer_image import vq_model
-from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
-from tokenizer.tokenizer_image.load import build_tokenizer
-from tokenizer.tokenizer_image.vq_train import revive_dead_codes
-from tokenizer.tokenizer_image.vq_validation import Validation
+from tokenizer.tokenizer_image.load import TokenizerSettings, build_tokenizer
+from tokenizer.tokenizer_image.vq_loss import PatchDiscriminator
+from tokenizer.tokenizer_image.vq_train import Validation, revive_dead_codes
 from utils.distributed import World
 from utils.engine.state import EMA, Trained
 
@@ -148,7 +147,7 @@ def test_the_checkpoint_is_read_by_every_later_step(alone, monkeypatch):
     monkeypatch.setitem(vq_model.VQ_models, "VQ-Tiny", smaller_tokenizer)
     path = alone / "run/checkpoints/0000012.pt"
     for weights in ("ema", "raw"):
-        model, info = build_tokenizer("VQ-Tiny", 64, 4, path, weights)
+        model, info = build_tokenizer(TokenizerSettings(str(path), vq_weights=weights))
         assert info.weights == weights
         name = "encoder.conv_in.weight"
         saved = last_checkpoint(alone)["model" if weights == "raw" else "ema"]
@@ -202,15 +201,15 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(at, images, tmp_path)
     assert train(command(images, tmp_path / "whole", "--ema", more=more)) == [0]
 
     def stop_before_validation():
-        original = Validation.after_step
+        original = Validation.validate
 
-        def after_step(self, step, total_steps):
-            if step + 1 == at:
+        def validate(self, steps_done):
+            if steps_done == at:
                 self.training._writer.wait()
                 raise SystemExit(9)
-            original(self, step, total_steps)
+            original(self, steps_done)
 
-        Validation.after_step = after_step
+        Validation.validate = validate
 
     arguments = command(images, tmp_path / "parts", "--ema", more=more)
     assert train(arguments, before=stop_before_validation) == [9]
@@ -273,12 +272,12 @@ def test_dead_codes_move_onto_encoder_outputs():
         ({"--image-size": 8, "--disc-weight": 0, "--perceptual-weight": 1}, "LPIPS compares images of at least 16"),
         ({"--image-size": 8, "--disc-weight": 0, "--val-data-path": "/nowhere"}, "SSIM compares images of at least 11"),
         ({"--data-path": "/nowhere"}, "there is no folder"),
-        ({"--global-batch-size": 0}, "--global-batch-size 0"),
+        ({"--global-batch-size": 0}, "--global-batch-size must be at least 1"),
         ({"--global-batch-size": 25}, "a batch must fit the data"),
         ({"--init-from": "/nowhere.pt"}, "there is no checkpoint"),
         ({"--resume": "/nowhere.pt"}, "there is no checkpoint"),
         ({"--codebook-size": 0}, "--codebook-size must be at least 1"),
-        ({"--disc-start": -1}, "--disc-start must not be negative"),
+        ({"--disc-start": -1}, "--disc-start must be at least 0"),
         (
             {"--perceptual-weight": 1, "--lpips-vgg-path": "/nowhere", "--lpips-linear-path": "/nowhere"},
             "no checkpoint",

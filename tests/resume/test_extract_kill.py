@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from autoregressive.train import extract_codes_c2i
+from dataset import convert_codes
 from tests.processes import fork, run_main, wait
 from tests.tiny_extraction import arguments, contents, make_images, make_tokenizer
 from utils.program import run
@@ -30,15 +31,16 @@ def made(tmp_path_factory):
     return lambda codes, *more: arguments(data, codes, tokenizer, *more), contents(folder / "straight")
 
 
-def start(command, output, before=lambda: None) -> int:
+def start(command, output, before=lambda: None, main=extract_codes_c2i.main) -> int:
     def work():
         before()
-        sys.argv = ["extract_codes_c2i", *command]
-        run(extract_codes_c2i.main)
+        sys.argv = ["program", *map(str, command)]
+        run(main)
 
     return fork(work, output)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(made, tmp_path):
     command_for, straight = made
     command, log, rng = command_for(tmp_path / "codes"), tmp_path / "log", random.Random(0)
@@ -78,17 +80,40 @@ def die_at(call: int, late: bool):
     os.replace, os.rename = dying(os.replace), dying(os.rename)
 
 
-@pytest.mark.parametrize(("layout", "late"), [("packed", True), ("published", False)])
-def test_killed_around_every_rename(made, tmp_path, layout, late):
+def test_conversion_killed_around_every_rename(made, tmp_path):
+    command_for, straight = made
+    assert run_main(extract_codes_c2i.main, command_for(tmp_path / "codes")) == [0]
+    packed, log = tmp_path / "codes" / "toy16_codes", tmp_path / "log"
+    for late in (False, True):
+        for call in range(1, 100):
+            output = tmp_path / "published" / "toy16_codes"
+            command = ["--codes", packed, "--output", output, "--layout", "published"]
+            if wait(start(command, log, lambda: die_at(call, late), convert_codes.main)) == 0:  # noqa: B023
+                assert call > 4
+                break
+            if not output.exists():
+                assert wait(start(command, log, main=convert_codes.main)) == 0, log.read_text()
+            back = ["--codes", output, "--output", tmp_path / "back" / "toy16_codes"]
+            assert wait(start(back, log, main=convert_codes.main)) == 0, log.read_text()
+            assert contents(tmp_path / "back") == {
+                name: data for name, data in straight.items() if not name.endswith("places.json")
+            }
+            shutil.rmtree(tmp_path / "published")
+            shutil.rmtree(tmp_path / "back")
+        shutil.rmtree(tmp_path / "published")
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_killed_around_every_rename(made, tmp_path, late):
     """Each file and folder takes its name by a rename; the worst moments are just before and just after."""
-    log, options = tmp_path / "log", ("--layout", layout, "--batch-size", "60")  # four blocks
+    log, options = tmp_path / "log", ("--batch-size", "60")  # four blocks
     command_for, _ = made
     assert run_main(extract_codes_c2i.main, command_for(tmp_path / "straight", *options)) == [0]
     straight = contents(tmp_path / "straight")
     for call in range(1, 100):
         command = command_for(tmp_path / "codes", *options)
-        if wait(start(command, log, before=lambda: die_at(call, late))) == 0:  # noqa: B023
-            assert call > 12
+        if wait(start(command, log, lambda: die_at(call, late))) == 0:  # noqa: B023
+            assert call > 11  # plan and its images, four blocks, a shard, labels, images, meta.json, the store
             return
         assert wait(start(command, log)) == 0, log.read_text()
         assert contents(tmp_path / "codes") == straight
@@ -105,11 +130,14 @@ def test_killed_ranks_and_another_number_of_them(made, tmp_path):
         extract_codes_c2i.main()
 
     assert run_main(dying_main, command, 2, log) == [-signal.SIGKILL] * 2
-    assert len(list((tmp_path / "codes" / "toy16_codes.partial" / "work").glob("block-*"))) == 6
+    assert (
+        len(list((tmp_path / "codes" / "toy16_codes.partial" / "work").glob("block-*"))) == 5
+    )  # rank 0 renames three other files first
     assert run_main(extract_codes_c2i.main, command, 3, log) == [0] * 3, log.read_text()
     assert contents(tmp_path / "codes") == straight
 
 
+@pytest.mark.slow
 def test_the_script_itself_killed_twice_and_finished_by_two_ranks(made, tmp_path):
     command_for, straight = made
     codes = tmp_path / "codes"

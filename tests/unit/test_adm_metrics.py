@@ -1,11 +1,18 @@
-"""FID, Inception Score, Precision and Recall against plain definitions in NumPy and SciPy."""
+"""FID, Inception Score, KID, Precision, Recall, Density and Coverage against plain definitions in NumPy and SciPy."""
 
 import numpy as np
 import pytest
 import torch
 
-from evaluations.c2i import metrics
-from evaluations.c2i.metrics import GaussianAccumulator, InceptionScoreAccumulator, frechet_distance, precision_recall
+from evaluations.c2i import metrics, neighbours
+from evaluations.c2i.metrics import (
+    GaussianAccumulator,
+    InceptionScoreAccumulator,
+    frechet_distance,
+    kernel_distance,
+    kid_subsets,
+)
+from evaluations.c2i.neighbours import density_coverage, precision_recall
 from tests import adm_definitions
 
 
@@ -97,8 +104,8 @@ def test_inception_score_survives_probabilities_that_underflow():
 @pytest.mark.parametrize(("distances", "dtype"), [("exact", np.float64), ("half", np.float16)])
 @pytest.mark.parametrize("block", [10_000, 70])
 def test_precision_and_recall_equal_their_definition(distances, dtype, block, monkeypatch):
-    monkeypatch.setattr(metrics, "HALF_BLOCK", block)
-    monkeypatch.setattr(metrics, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(neighbours, "HALF_BLOCK", block)
+    monkeypatch.setattr(neighbours, "BLOCK_ROWS", 32)
     real, generated = features(0, 300, 32), features(1, 240, 32, scale=0.9)
     result = precision_recall(torch.from_numpy(real), torch.from_numpy(generated), distances)
     expected = adm_definitions.precision_recall(real, generated, dtype)
@@ -109,8 +116,8 @@ def test_precision_and_recall_equal_their_definition(distances, dtype, block, mo
 
 def test_half_distances_round_every_result():
     real, generated = features(0, 64, 256), features(1, 50, 256)
-    u, v = (metrics._Operand.of(torch.from_numpy(x), torch.float16) for x in (real, generated))
-    ours = metrics._squared_distances(u.values @ v.values.T, u, v)
+    u, v = (neighbours._Operand.of(torch.from_numpy(x), torch.float16) for x in (real, generated))
+    ours = neighbours._squared_distances(u.values @ v.values.T, u, v)
     expected = adm_definitions.squared_distances(real, generated, np.float16)
     assert ours.dtype == torch.float16
     np.testing.assert_allclose(ours.float(), expected.astype(np.float32), atol=2 * np.spacing(np.float16(64)))
@@ -120,12 +127,12 @@ def test_half_distances_round_every_result():
 @pytest.mark.parametrize("block", [10_000, 70])
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
 def test_distances_of_a_set_to_itself_come_once_each_with_their_own_roundings(dtype, block, monkeypatch):
-    monkeypatch.setattr(metrics, "HALF_BLOCK", block)
-    monkeypatch.setattr(metrics, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(neighbours, "HALF_BLOCK", block)
+    monkeypatch.setattr(neighbours, "BLOCK_ROWS", 32)
     own = features(0, 200, 256)
     everything = torch.from_numpy(own)
     ours, times = torch.zeros(200, 200, dtype=torch.float64), torch.zeros(200, 200)
-    for row, column, squared in (metrics.exact_blocks if dtype == np.float64 else metrics.HalfBlocks())(
+    for row, column, squared in (neighbours.exact_blocks if dtype == np.float64 else neighbours.HalfBlocks())(
         everything, everything
     ):
         ours[row, column], times[row, column] = squared.double(), times[row, column] + 1
@@ -140,7 +147,7 @@ def test_distances_of_a_set_to_itself_come_once_each_with_their_own_roundings(dt
 
 @pytest.mark.parametrize("block", [10_000, 50])
 def test_an_overflowing_half_switches_its_block_to_float32(block, monkeypatch):
-    monkeypatch.setattr(metrics, "HALF_BLOCK", block)
+    monkeypatch.setattr(neighbours, "HALF_BLOCK", block)
     real, generated = features(0, 120, 32), features(1, 100, 32)
     real[:40] *= 300  # squared norms beyond 65,504
     result = precision_recall(torch.from_numpy(real), torch.from_numpy(generated))
@@ -157,3 +164,64 @@ def test_identical_sets_have_full_precision_and_recall():
     for distances in ("half", "exact"):
         result = precision_recall(same, same, distances)
         assert (result.precision, result.recall) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("rows", [1_024, 7])
+def test_kid_equals_its_definition(rows, monkeypatch):
+    monkeypatch.setattr(metrics, "KERNEL_ROWS", rows)
+    real, generated = features(0, 90, 32), features(1, 70, 32, scale=1.1)
+    mean, deviation = kernel_distance(torch.from_numpy(real), torch.from_numpy(generated), size=40, subsets=6)
+    subsets = [(first.numpy(), second.numpy()) for first, second in kid_subsets(90, 70, 40, 6)]
+    expected = [adm_definitions.squared_mmd(real[first], generated[second]) for first, second in subsets]
+    assert (mean, deviation) == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-9)
+
+
+def test_kid_by_hand():
+    """In one dimension: the kernels (xy + 1)³ are 1 and 8 within {0, 1}, and 27 and 1 between {1} or {0} and {2}."""
+    real, generated = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [2.0]])
+    within_real, within_generated, between = 1, 5**3, (1 + 27) / 2
+    assert kernel_distance(real, generated, size=2, subsets=3) == (within_real + within_generated - 2 * between, 0)
+
+
+def test_kid_is_zero_on_average_for_equal_distributions_whatever_the_subset_size():
+    same, again = (torch.from_numpy(features(seed, 2_000, 16)) for seed in (0, 1))
+    for size in (10, 100):
+        mean, deviation = kernel_distance(same, again, size, subsets=400)
+        assert abs(mean) < 4 * deviation / np.sqrt(400)
+
+
+def test_kid_subsets_are_the_same_every_time_and_hold_no_image_twice():
+    first, again = (list(kid_subsets(50, 40, 30, 4)) for _ in range(2))
+    for (real, generated), repeated in zip(first, again, strict=True):
+        assert torch.equal(real, repeated[0])
+        assert torch.equal(generated, repeated[1])
+        assert len(real.unique()) == len(generated.unique()) == 30
+        assert real.max() < 50
+        assert generated.max() < 40
+    assert not torch.equal(first[0][0], first[1][0])
+
+
+@pytest.mark.parametrize("block", [10_000, 70])
+def test_density_and_coverage_equal_their_definition(block, monkeypatch):
+    monkeypatch.setattr(neighbours, "HALF_BLOCK", block)
+    monkeypatch.setattr(neighbours, "BLOCK_ROWS", 32)
+    real, generated = features(0, 300, 8), features(1, 240, 8, scale=0.8)
+    expected = adm_definitions.density_coverage(real, generated)
+    assert 0.3 < expected[1] < 0.99
+    assert expected[0] > 1
+    ours = density_coverage(torch.from_numpy(real), torch.from_numpy(generated))
+    assert ours == pytest.approx(expected, abs=1e-12)
+
+
+def test_density_and_coverage_by_hand():
+    """On a line with k = 1: balls around 0, 1 and 10 of radius 1, 1 and 9."""
+    real = torch.tensor([[0.0], [1.0], [10.0]])
+    generated = torch.tensor([[0.5], [0.25], [12.0], [40.0]])  # in two balls, two, one and none
+    assert density_coverage(real, generated, neighbours=1) == (5 / 4, 1)
+    assert density_coverage(real, generated[2:], neighbours=1) == (1 / 2, 1 / 3)
+    assert density_coverage(real, torch.tensor([[-1.0]]), neighbours=1) == (0, 0)  # on the surface is outside
+
+
+def test_identical_sets_have_density_and_coverage_one():
+    same = torch.from_numpy(features(0, 60, 16))
+    assert density_coverage(same, same) == (1, 1)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.code_dataset import CodeDataset, CodeLoader, counter_hash, epoch_order
+from dataset.code_dataset import CodeDataset, CodeLoader
 from dataset.code_store import open_store
 from dataset.code_writer import write_packed
+from dataset.conditions import conditions_identity, open_conditions
+from dataset.order import counter_hash, epoch_order
 from tests.stores import make_store, random_codes
 from utils.program import UserError
 
@@ -156,7 +158,7 @@ def test_stopping_early_ends_the_thread(store):
 
 def test_an_error_while_gathering_reaches_the_consumer(store, monkeypatch):
     dataset = CodeDataset([store])
-    monkeypatch.setattr(dataset, "gather", lambda *_: (_ for _ in ()).throw(UserError("the disk is gone")))
+    monkeypatch.setattr(dataset, "codes_of", lambda *_: (_ for _ in ()).throw(UserError("the disk is gone")))
     with pytest.raises(UserError, match="the disk is gone"):
         take(CodeLoader(dataset, 5), 1)
 
@@ -174,19 +176,22 @@ def test_impossible_batches_are_refused(store):
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"count": 22}, "count"), ({"grid": (2, 8)}, "grid"), ({"codebook_size": 60}, "codebook size"),
-     ({"num_classes": 3}, "class names")],
-)  # fmt: skip
+    [
+        ({"count": 22}, "images"),
+        ({"grid": (2, 8)}, "grid"),
+        ({"codebook_size": 60}, "codebook_size"),
+        ({"num_classes": 3}, "class_names"),
+    ],
+)
 def test_stores_of_different_images_are_not_mixed(store, tmp_path, change, what):
     other = make_store(tmp_path / "b" / "toy16_codes", **{"count": 23, **change})
-    with pytest.raises(UserError, match=f"cannot be mixed: their {what} differs"):
+    with pytest.raises(UserError, match=f"cannot be mixed: .* other settings: {what} .*extract both"):
         CodeDataset([store, other])
 
 
 def without_sources(store, folder, labels=None):
     """The same codes as packed from a published folder, which does not list its images."""
-    blocks = (codes for _, codes in store.blocks())
-    write_packed(folder, store.meta, blocks, store.labels if labels is None else labels)
+    write_packed(folder, store.meta, store.block, store.labels if labels is None else labels)
     return open_store(folder)
 
 
@@ -195,5 +200,79 @@ def test_stores_without_a_list_of_images_are_compared_by_their_labels(store, tmp
     assert len(CodeDataset([store, unlisted])) == len(CodeDataset([unlisted, unlisted])) == 23
     others = without_sources(store, tmp_path / "c" / "toy16_codes", np.roll(store.labels, 1))
     for first in (store, unlisted):
-        with pytest.raises(UserError, match="hold codes of different images"):
+        with pytest.raises(UserError, match="cannot be mixed: .* other settings: labels"):
             CodeDataset([first, others])
+
+
+@pytest.fixture(params=[np.float32, np.float16, np.int32])
+def conditions(request, tmp_path):
+    """(23, 2, 3) conditions of one row per image, as they lie on the disk."""
+    np.save(tmp_path / "conditions.npy", np.arange(23 * 6).reshape(23, 2, 3).astype(request.param))
+    return open_conditions(tmp_path / "conditions.npy", 23)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_conditions_take_the_place_of_the_labels(store, conditions, resident):
+    dataset = CodeDataset([store], seed=1, conditions=conditions)
+    dtype = torch.int64 if conditions.dtype == np.int32 else torch.float32
+    loader = CodeLoader(dataset, 6, seed=1, resident=resident)
+    labelled = take(CodeLoader(CodeDataset([store], seed=1), 6, seed=1), 5)
+    for step, (codes, given) in enumerate(take(loader, 5)):
+        epoch, images = loader.order.indices(step)
+        assert torch.equal(given, torch.from_numpy(conditions[images]).to(dtype))
+        assert given.dtype == dtype
+        assert torch.equal(codes, labelled[step][0])
+        assert equal([(codes, given)], [dataset.batch(epoch, images)])
+
+
+def test_conditions_are_validated_on_in_order(store, conditions):
+    parts = [
+        list(CodeDataset([store], augment=False, conditions=conditions).sequential_batches(4, r, 3)) for r in range(3)
+    ]
+    for rank, part in enumerate(parts):
+        given = torch.cat([given for _, given in part])
+        np.testing.assert_array_equal(given, conditions[rank::3])
+
+
+def test_conditions_have_an_identity(conditions):
+    same, copy = conditions_identity(conditions), np.array(conditions)
+    assert conditions_identity(copy) == same
+    copy[22, 1, 2] += 1
+    others = (copy, conditions[:22], conditions.reshape(23, 6), conditions.astype(np.float64))
+    assert same not in {conditions_identity(other) for other in others}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "there is no file"),
+        (b"no array", "not a complete .npy file"),
+        (np.zeros((22, 3)), "has 22 rows, but there are 23 images"),
+        (np.zeros(()), "has 0 rows"),
+        (np.full((23, 3), np.nan), "not finite"),
+        (np.array(["a"] * 23), "holds <U1; conditions are one array of floats or integers"),
+        (np.zeros(23, bool), "holds bool"),
+        (np.array([{}] * 23), "not a complete .npy file"),
+    ],
+)
+def test_unusable_conditions_are_refused_in_a_sentence(tmp_path, content, sentence):
+    path = tmp_path / "conditions.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(UserError, match=sentence):
+        open_conditions(path, 23)
+
+
+def test_conditions_for_sampling_may_be_any_number(tmp_path):
+    np.save(tmp_path / "conditions.npy", np.zeros((5, 2)))
+    assert open_conditions(tmp_path / "conditions.npy").shape == (5, 2)
+    np.save(tmp_path / "conditions.npy", np.zeros((0, 2)))
+    with pytest.raises(UserError, match="has 0 rows; write one row per image"):
+        open_conditions(tmp_path / "conditions.npy")
+
+
+def test_conditions_of_another_number_of_images_are_a_mistake_of_the_program(store):
+    with pytest.raises(ValueError, match="22 conditions for 23 images"):
+        CodeDataset([store], conditions=np.zeros((22, 3)))

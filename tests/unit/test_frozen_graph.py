@@ -2,14 +2,13 @@
 
 import random
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from evaluations.c2i import features, frozen_graph, graph_def
+from evaluations.c2i import features, frozen_graph
 from evaluations.c2i.features import InceptionFeatures, InceptionNetwork
 from evaluations.c2i.frozen_graph import FrozenGraph
 from evaluations.c2i.graph_def import read_graph
@@ -57,7 +56,7 @@ def test_bf16_features_are_close_and_float32_ones_do_not_depend_on_the_batch(sma
 
 def test_batch_norm_and_relu_are_folded_into_the_convolutions(small_graph):
     network = InceptionNetwork(small_graph)
-    layers = list(network.graph.layers)
+    layers = [*network.graph.preparation, *network.graph.convolve.children()]
     convolutions = [layer for layer in layers if isinstance(layer, frozen_graph.Convolution)]
     assert len(convolutions) == 94
     assert all(layer.relu and layer.bias.any() for layer in convolutions)
@@ -92,7 +91,7 @@ def test_compiled_networks_see_batches_of_one_size(small_graph, monkeypatch):
     sizes = []
 
     def record(convolve, _):
-        return lambda prepared: sizes.extend(map(len, prepared.values())) or convolve(prepared)
+        return lambda prepared: sizes.append(len(prepared)) or convolve(prepared)
 
     monkeypatch.setattr(features, "compile_frozen", record)
     network = InceptionFeatures(small_graph, CPU, compiled=True)
@@ -107,11 +106,11 @@ def test_preparing_takes_bytes_and_floats_alike_and_few_images_at_a_time(small_g
     graph = InceptionNetwork(small_graph).graph
     images = torch.from_numpy(synthetic_images(0, 5))
     together = graph.prepare(images)
-    assert [tuple(value.shape) for value in together.values()] == [(5, 3, 299, 299)]
-    for one, value in enumerate(graph.prepare(images.float())["Mul"]):
-        assert torch.equal(value, together["Mul"][one])
-        assert torch.equal(value, graph.prepare(images[one : one + 1])["Mul"][0])
-    assert together["Mul"].is_contiguous(memory_format=torch.channels_last)
+    assert together.shape == (5, 3, 299, 299)
+    for one, value in enumerate(graph.prepare(images.float())):
+        assert torch.equal(value, together[one])
+        assert torch.equal(value, graph.prepare(images[one : one + 1])[0])
+    assert together.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_graphs_that_do_not_begin_with_a_resize_take_bytes_too(tmp_path):
@@ -143,13 +142,11 @@ def test_average_pool_does_not_count_padding():
 def run(nodes: list[bytes], output: str, images: torch.Tensor, tmp_path: Path) -> torch.Tensor:
     path = tmp_path / "graph.pb"
     path.write_bytes(b"".join(nodes))
-    network = FrozenGraph(read_graph(path), "image", (output,))
-    network.output_shapes(*images.shape[1:3])
-    return network(images)[0]
+    return FrozenGraph(read_graph(path), "image", (output,))(images)[0]
 
 
-def concat(name: str, *sources: str, dimension: int = 3) -> list[bytes]:
-    return [constant(f"{name}/dim", np.array(dimension, np.int32)), node("Concat", name, [f"{name}/dim", *sources])]
+def concat(name: str, *sources: str) -> list[bytes]:
+    return [constant(f"{name}/dim", np.array(3, np.int32)), node("Concat", name, [f"{name}/dim", *sources])]
 
 
 def test_nested_joins_and_values_used_twice(tmp_path):
@@ -178,9 +175,11 @@ def test_graphs_with_and_without_a_versions_field(tmp_path, versions):
 
 def test_a_convolution_used_twice_is_not_folded(tmp_path):
     weight = np.random.default_rng(0).normal(size=(1, 1, 3, 3)).astype(np.float32)
-    nodes = [constant("weight", weight),
-             node("Conv2D", "conv", ["image", "weight"], strides=integers([1, 1, 1, 1]), padding=text(2, "SAME")),
-             node("Relu", "relu", ["conv"])] + concat("both", "conv", "relu")  # fmt: skip
+    nodes = [
+        constant("weight", weight),
+        node("Conv2D", "conv", ["image", "weight"], strides=integers([1, 1, 1, 1]), padding=text(2, "SAME")),
+        node("Relu", "relu", ["conv"]),
+    ] + concat("both", "conv", "relu")
     out = run(nodes, "both", torch.rand(1, 4, 4, 3) - 0.5, tmp_path)
     torch.testing.assert_close(out[:, 3:], out[:, :3].relu())
     assert (out[:, :3] < 0).any()
@@ -188,119 +187,53 @@ def test_a_convolution_used_twice_is_not_folded(tmp_path):
 
 POOL = {"ksize": integers([1, 3, 3, 1]), "strides": integers([1, 2, 2, 1]), "padding": text(2, "SAME")}
 CONV = {"strides": integers([1, 1, 1, 1]), "padding": text(2, "VALID")}
-WEIGHT = constant("weight", np.ones((3, 3, 3, 2), np.float32))
 
 
 @pytest.mark.parametrize(
     ("nodes", "complaint"),
     [
-        ([node("Sin", "x", ["image"])], "unknown operation 'Sin'"),
+        ([node("Sin", "x", ["image"])], "operation 'Sin', unknown"),
         ([node("Relu", "y", ["image"])], "no node 'x'"),
-        ([node("Relu", "x", ["y"]), node("Relu", "y", ["x"])], "depends on itself"),
-        ([node("Relu", "x")], "no inputs|index"),
         ([node("MaxPool", "x", ["image"], **POOL)], "not symmetric"),
-        ([node("MaxPool", "x", ["image"], **POOL | {"padding": text(2, "FULL")})], "padding 'FULL'"),
-        ([node("MaxPool", "x", ["image"], **POOL | {"ksize": integers([1, 0, 3, 1])})], "ksize"),
-        ([node("MaxPool", "x", ["image"], **POOL | {"ksize": integers([2, 3, 3, 1])})], "ksize"),
-        ([node("MaxPool", "x", ["image"], padding=text(2, "VALID"))], "has no 'ksize'"),
-        ([node("Conv2D", "x", ["image", "weight"], **CONV)], "'weight' is missing"),
-        ([WEIGHT, node("Conv2D", "x", ["image", "weight"], **CONV, dilations=integers([1, 2, 2, 1]))], "dilated"),
-        ([WEIGHT, node("Conv2D", "x", ["image", "weight"], **CONV, data_format=text(2, "NCHW"))], "NCHW"),
-        ([constant("weight", np.ones((1, 1, 4, 2), np.float32)), node("Conv2D", "x", ["image", "weight"], **CONV)],
-         "does not fit"),
         ([node("Identity", "weight", ["image"]), node("Conv2D", "x", ["image", "weight"], **CONV)], "be a constant"),
-        (concat("x", "image", "image", dimension=1), "another dimension"),
-        ([constant("size", np.array([299, 299], np.int32)),
-          node("ResizeBilinear", "x", ["image", "size"], align_corners=integer(5, 1))], "TensorFlow 1"),
-        ([constant("size", np.array([9, -1], np.int32)), node("ResizeBilinear", "x", ["image", "size"])], "a size of"),
-        ([constant("y", np.ones(3, np.float32)), node("Sub", "x", ["image", "y"])], "not one number"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_run_faithfully_is_refused_by_name(tmp_path, nodes, complaint):
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(ValueError, match=complaint):
         run(nodes, "x", torch.rand(1, 8, 8, 3), tmp_path)
-
-
-def test_a_chain_of_joins_cannot_exhaust_memory(tmp_path):
-    nodes = concat("x0", "image", "image")
-    for index in range(1, 60):
-        nodes += concat(f"x{index}", f"x{index - 1}", f"x{index - 1}")
-    path = tmp_path / "graph.pb"
-    path.write_bytes(b"".join(nodes))
-    with pytest.raises(UserError, match="one image takes more than"):
-        FrozenGraph(read_graph(path), "image", ("x59",)).output_shapes(32, 32)
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "not a frozen TensorFlow graph"),
-        (b"PK\x03\x04 something else entirely", "not a frozen TensorFlow graph"),
-        (b"\x00" * 1000, "not a frozen TensorFlow graph"),
-        (text(1, b"\xff" * 20), "number"),
-        (text(1, text(1, b"\xff\xfe") + text(2, "Relu")), "UTF-8"),
-        (text(1, text(1, "x")), "without a name or an operation"),
+        (b"", "no nodes"),
+        (b"PK\x03\x04 something else entirely", ""),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), ""),
+        (b"<html>log in to the hotel's network</html>", ""),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 95673916\n", ""),
+        (text(1, text(1, b"\xff\xfe") + text(2, "Relu")), "utf-8"),
+        (text(1, text(1, "x")), "unexpected contents"),  # no operation
         (b"\x0a\xff\xff\xff\xff\x0f", "ends after its message"),
-        (node("Relu", "x", ["y"]), "no node"),
+        (node("Relu", "x", ["y"]), "no node 'pool_3'"),
     ],
 )
 def test_files_that_are_not_the_graph(tmp_path, content, complaint):
     path = tmp_path / "graph.pb"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=rf"is not ADM's frozen Inception graph, or is damaged \(.*{complaint}"):
         InceptionNetwork(path)
+
+
+def test_files_that_are_cut_short(small_graph, tmp_path):
+    content, path = small_graph.read_bytes(), tmp_path / "graph.pb"
+    generator = random.Random(0)
+    for _ in range(30):
+        path.write_bytes(content[: generator.randrange(len(content) - 100_000)])
+        with pytest.raises(UserError, match="is not ADM's frozen Inception graph, or is damaged"):
+            InceptionNetwork(path)
 
 
 def test_missing_graph_file(tmp_path):
     for path in (tmp_path / "none.pb", tmp_path):
         with pytest.raises(UserError, match="there is no graph file"):
             InceptionNetwork(path)
-
-
-def test_constants_cannot_exhaust_memory(tmp_path):
-    huge = text(8, integer(1, 1) + text(2, text(2, integer(1, 1 << 20)) * 3) + text(5, np.float32(1).tobytes()))
-    path = tmp_path / "graph.pb"
-    path.write_bytes(node("Const", "huge", value=huge))
-    with pytest.raises(ValueError, match="has the shape"):
-        read_graph(path)["huge"].constant()
-
-
-def test_too_many_nodes_or_fields(tmp_path, monkeypatch):
-    path = tmp_path / "graph.pb"
-    path.write_bytes(node("Relu", "x", ["y"]) * 30)
-    monkeypatch.setattr(graph_def, "MAX_NODES", 20)
-    with pytest.raises(UserError, match="more than 20 nodes"):
-        read_graph(path)
-    monkeypatch.setattr("evaluations.c2i.protobuf.MAX_FIELDS", 10)
-    with pytest.raises(UserError, match="more than 10 fields"):
-        read_graph(path)
-
-
-def test_mutated_graphs_never_crash_hang_or_fill_memory(tmp_path):
-    """Bytes flipped, removed, inserted and cut: every file is either run or refused with a sentence."""
-    content = InceptionGraph(32, repeated=True).content()
-    generator = random.Random(0)
-    path = tmp_path / "graph.pb"
-    refused, start = 0, time.monotonic()
-    for _ in range(150):
-        mutated = bytearray(content)
-        for _ in range(generator.choice([1, 3, 30])):
-            position = generator.randrange(len(mutated))
-            kind = generator.randrange(4)
-            if kind == 0:
-                mutated[position] = generator.randrange(256)
-            elif kind == 1:
-                del mutated[position : position + generator.randrange(1, 40)]
-            elif kind == 2:
-                mutated[position:position] = generator.randbytes(generator.randrange(1, 12))
-            else:
-                mutated[position] ^= 1 << generator.randrange(8)
-        if generator.random() < 0.1:
-            del mutated[generator.randrange(len(mutated)) :]
-        path.write_bytes(mutated)
-        try:
-            InceptionNetwork(path)
-        except UserError:
-            refused += 1
-    assert refused > 50
-    assert time.monotonic() - start < 200

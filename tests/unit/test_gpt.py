@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autoregressive.models import patch
+from autoregressive.models import losses
 from autoregressive.models.gpt import DropPath, GPT_models, ModelArgs, Transformer, causal_attention
-from autoregressive.models.patch import check_patch_side, patch_codes, patch_loss
+from autoregressive.models.losses import patch_loss, plain_patch_loss
+from autoregressive.models.patch import check_patch_side, patch_codes
 from autoregressive.train.compilation import compile_model
 from tests.golden_gpt import GOLDEN, golden_args, golden_figures, golden_model
 
@@ -34,7 +35,7 @@ def test_logits_and_loss(side, train):
 @pytest.mark.parametrize("side", [1, 2, 4, 8])
 @pytest.mark.parametrize("chunk", [2**23, 96 * 7])
 def test_gradient_norms(side, chunk, monkeypatch):
-    monkeypatch.setitem(patch.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", chunk)
     model = golden_model(class_dropout_prob=1e-12)
     model(CODES, LABELS, CODES, patch_side=side)[1].backward()
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
@@ -104,7 +105,7 @@ def test_a_position_never_sees_its_own_patch_or_later_ones(side):
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("chunk", [2**23, 50 * 3])
 def test_patch_loss_is_cross_entropy_of_repeated_logits(k, chunk, monkeypatch):
-    monkeypatch.setitem(patch.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(2, 5, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
@@ -114,6 +115,7 @@ def test_patch_loss_is_cross_entropy_of_repeated_logits(k, chunk, monkeypatch):
     repeated = (hidden @ weight.T).repeat_interleave(k, 1)
     expected = F.cross_entropy(repeated.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(plain_patch_loss(hidden, weight, targets), expected)
     got = torch.autograd.grad(loss * 3, (hidden, weight))
     for a, b in zip(got, torch.autograd.grad(expected * 3, (hidden, weight)), strict=True):
         torch.testing.assert_close(a, b)
@@ -189,4 +191,4 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 @pytest.mark.parametrize("settings", [dict(model_type="t2i"), dict(cls_token_num=2), dict(n_head=5), dict(n_kv_head=3)])
 def test_unusable_settings_are_refused(settings):
     with pytest.raises(ValueError):
-        golden_args(**settings)
+        Transformer(golden_args(**settings))

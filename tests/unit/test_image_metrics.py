@@ -12,7 +12,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tokenizer.tokenizer_image import lpips
-from tokenizer.tokenizer_image.lpips import LPIPS, Download, fetch, load_lpips, read_lpips
+from tokenizer.tokenizer_image.lpips import LPIPS, Download, LPIPSSettings, fetch, load_lpips, read_lpips
 from tokenizer.tokenizer_image.metrics import ReconstructionScores, code_usage, psnr, ssim
 from utils.distributed import World
 from utils.files import sha256
@@ -66,7 +66,7 @@ def random_lpips(tmp_path_factory):
 
 def test_lpips_equals_the_lpips_package(pair, random_lpips):
     theirs, vgg, linear = random_lpips
-    ours = load_lpips(str(vgg), str(linear), ALONE)
+    ours = load_lpips(LPIPSSettings(str(vgg), str(linear)), ALONE)
     a, b = (pixels.float() / 127.5 - 1 for pixels in pair)
     with torch.no_grad():
         expected = theirs(a, b).flatten()
@@ -120,7 +120,7 @@ def test_fetch_checks_the_hash(tmp_path):
 
 def test_named_files_are_not_fetched(random_lpips, monkeypatch):
     monkeypatch.setattr(lpips, "fetch", lambda download: pytest.fail("fetched"))
-    assert isinstance(load_lpips(*map(str, random_lpips[1:]), ALONE), LPIPS)
+    assert isinstance(load_lpips(LPIPSSettings(*map(str, random_lpips[1:])), ALONE), LPIPS)
 
 
 def test_code_usage_and_perplexity():

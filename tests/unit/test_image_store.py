@@ -63,8 +63,12 @@ def make_until(folder: Path, step: int) -> bool:
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
-            (os, "fsync"), (os, "replace"), (shutil, "rmtree"), (image_store, "write_json"), (zipfile.ZipFile, "open"),
-        ):  # fmt: skip
+            (os, "fsync"),
+            (os, "replace"),
+            (shutil, "rmtree"),
+            (image_store, "write_json"),
+            (zipfile.ZipFile, "open"),
+        ):
             patch.setattr(owner, name, stopping(getattr(owner, name)))
         try:
             make(folder)
@@ -112,13 +116,13 @@ def test_images_are_read_back_at_their_places(tmp_path):
 def test_results_and_unfinished_runs_of_others_are_refused(tmp_path):
     make(tmp_path)
     other = ImageStore(tmp_path, "name", SETTINGS | {"seed": 1}, 10, 4)
-    with pytest.raises(UserError, match="seed 0 there and 1 here"):
+    with pytest.raises(UserError, match=r"seed \(0 there, 1 here\)"):
         other.is_complete()
     (tmp_path / "name.settings.json").unlink()
     with pytest.raises(UserError, match="without the .settings.json"):
         other.is_complete()
     ImageStore(tmp_path, "unfinished", SETTINGS, 10, 4).open(4)
-    with pytest.raises(UserError, match="seed 0 there and 1 here"):
+    with pytest.raises(UserError, match=r"seed \(0 there, 1 here\)"):
         ImageStore(tmp_path, "unfinished", SETTINGS | {"seed": 1}, 10, 4).open(4)
 
 

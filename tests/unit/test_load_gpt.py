@@ -1,18 +1,24 @@
 """Building a GPT from a file: every published layout loads strictly, and contradictions are refused in one sentence."""
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
 
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.models.load import build_gpt
+from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.models.load import GPTSettings
+from autoregressive.models.load import build_gpt as build
 from pretrained_models import catalogue
 from utils.program import UserError
 
 SETTINGS = dict(block_size=16, grid=(4, 4), num_classes=10, vocab_size=64)
-BUILD = dict(grid=(4, 4), num_classes=10, vocab_size=64)
+BUILD = dict(image_size=64, downsample_size=16, num_classes=10, vocab_size=64)
+
+
+def build_gpt(name, path, vocab_size=None, dtype=torch.float32, **flags):
+    return build(GPTSettings(gpt_ckpt=str(path), gpt_model=name, **flags), vocab_size, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def test_published_files_with_a_namespace(model, save):
     assert info.steps == 9
     assert "raw weights" in str(info)
     with pytest.raises(UserError, match=r"trained on grids of 4x4 codes \(--image-size 64\), not 8x8"):
-        build_gpt("GPT-Tiny", path, **BUILD | dict(grid=(8, 8)))
+        build_gpt("GPT-Tiny", path, **BUILD | dict(image_size=128))
 
 
 def test_ema_weights_are_taken_unless_told_otherwise(model, save):
@@ -82,7 +88,7 @@ def test_fewer_key_value_heads_and_no_null_class_are_found_in_the_file(save):
 @pytest.mark.parametrize(
     ("name", "changes", "sentence"),
     [
-        ("GPT-Huge", {}, "there is no model GPT-Huge; --gpt-model is one of GPT-Tiny, GPT-B"),
+        ("GPT-Huge", {}, "gpt_model is one of GPT-Tiny, GPT-B.*not GPT-Huge"),
         ("GPT-B", {}, "holds GPT-Tiny, not GPT-B; give --gpt-model GPT-Tiny"),
         ("GPT-Tiny", dict(num_classes=1000), "trained with --num-classes 10, not 1000; give --num-classes 10"),
         ("GPT-Tiny", dict(vocab_size=16384), "trained with --codebook-size 64, not 16384; give --codebook-size 64"),
@@ -90,7 +96,7 @@ def test_fewer_key_value_heads_and_no_null_class_are_found_in_the_file(save):
     ],
 )
 def test_bare_files_are_known_by_their_shapes(model, save, name, changes, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises((UserError, ValueError), match=sentence):
         build_gpt(name, save(bare=model.state_dict()), **BUILD | changes)
 
 
@@ -115,13 +121,13 @@ def test_published_files_are_known_by_their_place(model, tmp_path, monkeypatch, 
     torch.save(model.state_dict(), path)
     assert build_gpt("GPT-Tiny", path, **BUILD)[1].grid_known
     with pytest.raises(UserError, match=r"grids of 4x4 codes \(--image-size 64\), not 8x8"):
-        build_gpt("GPT-Tiny", path, **BUILD | dict(grid=(8, 8)))
+        build_gpt("GPT-Tiny", path, **BUILD | dict(image_size=128))
     monkeypatch.setitem(config, "gpt_model", "GPT-B")
     with pytest.raises(UserError, match="holds"):
         build_gpt("GPT-L", path, **BUILD)
     elsewhere = tmp_path / "c2i_B_256.pt"
     torch.save(model.state_dict(), elsewhere)
-    assert not build_gpt("GPT-Tiny", elsewhere, **BUILD | dict(grid=(2, 2)))[1].grid_known
+    assert not build_gpt("GPT-Tiny", elsewhere, **BUILD | dict(image_size=32))[1].grid_known
 
 
 @pytest.mark.parametrize("contents", [dict(model=torch.zeros(3)), dict(model={0: torch.zeros(3)}), dict(model={})])
@@ -150,3 +156,27 @@ def test_a_model_of_an_unknown_size_is_described(save):
     state = {"tok_embeddings.weight": torch.zeros(64, 100), "layers.0.x": torch.zeros(1), "norm.weight": torch.zeros(1)}
     with pytest.raises(UserError, match="holds a model of 1 layers and width 100, not GPT-Tiny"):
         build_gpt("GPT-Tiny", save(bare=state), **BUILD)
+
+
+def test_the_record_builds_the_model_and_flags_only_check(save):
+    """Of the depth and width of a published size, with other heads; and settings without parameters come back."""
+    args = ModelArgs(n_layer=4, n_head=2, dim=128, rope_base=500.0, norm_eps=1e-3, **SETTINGS)
+    path = save(model=Transformer(args).state_dict(), config={"model": dataclasses.asdict(args)})
+    loaded, info = build(GPTSettings(gpt_ckpt=str(path), image_size=64, downsample_size=16))
+    assert loaded.args == args
+    assert info.name == "a model of 4 layers, 2 heads and width 128"
+    with pytest.raises(UserError, match="holds a model of 4 layers, 2 heads and width 128, not GPT-Tiny"):
+        build_gpt("GPT-Tiny", path, **BUILD)
+
+
+def test_without_flags_the_record_decides(model, save):
+    config = {"model": dataclasses.asdict(model.args), "gpt_model": "GPT-Tiny", "image_size": 64, "downsample_size": 16}
+    loaded, info = build(GPTSettings(gpt_ckpt=str(save(model=model.state_dict(), config=config))))
+    assert loaded.args == model.args
+    assert (info.name, info.image_size, info.downsample_size) == ("GPT-Tiny", 64, 16)
+
+
+def test_a_recorded_setting_of_a_newer_version_is_not_dropped(model, save):
+    config = {"model": dataclasses.asdict(model.args) | {"qk_norm": True}}
+    with pytest.raises(UserError, match="was trained with qk_norm, which this version does not know"):
+        build_gpt("GPT-Tiny", save(model=model.state_dict(), config=config), **BUILD)

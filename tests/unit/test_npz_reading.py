@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations.c2i import npz
-from evaluations.c2i.npz import open_images, prefetched
+from evaluations.c2i import image_sets
+from evaluations.c2i.image_sets import open_images, prefetched
 from tests.tensorflow_reference import synthetic_images
 from utils.program import UserError
 
@@ -52,7 +52,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 
 
 def test_batches_of_large_images_are_smaller(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, "MAX_IMAGE_BYTES", 1_000)
+    monkeypatch.setattr(image_sets, "MAX_BATCH_BYTES", 1_000)
     assert [len(batch) for batch in open_images(saved(tmp_path, arr_0=IMAGES)).batches(64)] == [2] * 11 + [1]
 
 
@@ -70,8 +70,7 @@ def test_other_arrays_and_arr_1_that_is_no_label(tmp_path):
 
 
 @pytest.mark.parametrize("unrelated", [np.array([{"a": 1}], object), np.zeros(99, np.uint8), np.array("text")])
-def test_an_unrelated_arr_1_is_ignored(tmp_path, monkeypatch, unrelated):
-    monkeypatch.setattr(npz, "MAX_SMALL_ARRAY_BYTES", 50)
+def test_an_unrelated_arr_1_is_ignored(tmp_path, unrelated):
     assert open_images(saved(tmp_path, arr_0=IMAGES, arr_1=unrelated)).labels is None
 
 
@@ -79,26 +78,6 @@ def test_a_member_without_npy_is_no_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
         archive.writestr("arr_0", b"")
     with pytest.raises(UserError, match=r"holds no arr_0.npy \(it holds: arr_0\)"):
-        open_images(tmp_path / "images.npz")
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-def test_sizes_that_the_file_cannot_hold_are_refused_before_they_are_used(tmp_path, compressed):
-    """An archive whose directory and array header agree on far more images than there are bytes for."""
-    path, count = tmp_path / "images.npz", 1 << 30
-    member = npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, 8, 8, 3)}}")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
-        archive.writestr("arr_0.npy", member + bytes(192))
-        archive.filelist[0].file_size = len(member) + count * 192  # what the directory will say
-    with pytest.raises(UserError, match=r"arr_0 cannot hold \d+ bytes"):
-        open_images(path)
-
-
-def test_other_compressions_are_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "images.npz", "w", zipfile.ZIP_LZMA) as archive, io.BytesIO() as array:
-        np.save(array, IMAGES)
-        archive.writestr("arr_0.npy", array.getvalue())
-    with pytest.raises(UserError, match="arr_0 is packed otherwise than numpy does"):
         open_images(tmp_path / "images.npz")
 
 
@@ -119,7 +98,7 @@ def fortran(array: np.ndarray) -> np.ndarray:
         ({"arr_0": np.full((4, 8, 8, 3), np.nan)}, "float64 .*must be uint8"),
         ({"arr_0": IMAGES[..., 0]}, "must be uint8 of shape"),
         ({"arr_0": IMAGES.transpose(0, 3, 1, 2).copy()}, "must be uint8 of shape"),
-        ({"arr_0": np.zeros((3, 0, 8, 3), np.uint8)}, "at least one pixel"),
+        ({"arr_0": np.zeros((3, 0, 8, 3), np.uint8)}, "must be uint8 of shape"),
         ({"arr_0": fortran(IMAGES)}, "Fortran order"),
         ({"arr_0": IMAGES, "labels": np.zeros(5, np.int64)}, "must be integers of shape"),
         ({"arr_0": IMAGES, "labels": np.zeros(23, np.float32)}, "must be integers of shape"),
@@ -166,7 +145,6 @@ def npy(header: str, content: bytes = b"") -> bytes:
         b"not an array",
         npy("{'descr': '|u1', 'fortran_order': False, 'shape': (9999999, 512, 512, 3)}", bytes(100)),
         npy("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8, 3)}"),
-        npy("{'descr': '|u1', 'fortran_order': False, 'shape': (True, 8, 8, 3)}", bytes(192)),
         npy("{'descr': '|u1', 'shape': (1, 8, 8, 3)}"),
         npy("__import__('os').abort()"),
         npy("(" * 5_000),

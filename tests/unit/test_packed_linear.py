@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from autoregressive.models.generate import CodeGenerator, Sampling
-from autoregressive.models.packed_linear import PackedLinear, pack_linears
-from tests.golden_gpt import golden_figures, golden_model
+from autoregressive.models.gpt import FeedForward
+from autoregressive.models.packed_linear import PackedFeedForward, PackedLinear, pack_linears
+from tests.golden_gpt import golden_args, golden_figures, golden_model
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
@@ -20,11 +21,26 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(inputs, outputs):
     torch.testing.assert_close(together, linear(x))
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             for rows in (1, 2, 7, 14, 16, 32, 64):
                 assert torch.equal(packed(x[:rows]), together[:rows])
                 assert torch.equal(packed(x[-rows:].unsqueeze(1)).squeeze(1), together[-rows:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_row_of_the_feed_forward_does_not_depend_on_its_neighbours_or_on_threads():
+    torch.manual_seed(0)
+    plain = FeedForward(golden_args(dim=96))
+    packed, x, threads = PackedFeedForward(plain), torch.randn(301, 96), torch.get_num_threads()
+    together = packed(x)
+    torch.testing.assert_close(together, plain(x))
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            for rows in (1, 2, 7, 100, 301):
+                assert torch.equal(packed(x[-rows:]), together[-rows:])
     finally:
         torch.set_num_threads(threads)
 
@@ -60,3 +76,13 @@ def test_other_precisions(dtype):
     pack_linears(model)
     codes = CodeGenerator(model, 2, 64, Sampling(2.0))(torch.tensor([1, 2]), torch.rand(2, 64, dtype=torch.float64))
     assert codes.shape == (2, 64)
+
+
+def test_a_bias_is_kept():
+    """Of a conditioning of the user's own, for one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40))
+    x = torch.randn(3, 24)
+    expected = model(x)
+    pack_linears(model)
+    torch.testing.assert_close(model(x), expected)

@@ -3,15 +3,17 @@
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from tests.processes import fork, wait
 from utils.files import atomic_file, sha256, write_json
-from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError, run, start_worker
+from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError, end_with_launcher, run
 
 
 def outcome(error, tmp_path) -> tuple[int, str]:
@@ -30,6 +32,9 @@ def outcome(error, tmp_path) -> tuple[int, str]:
             OSError(errno.ENOSPC, "No space", "f"),
             "error: the disk is full (f); free some space and run the same command",
         ),
+        (OSError(errno.EFBIG, "large"), "error: a file grows larger than the file system or `ulimit -f` allows; write"),
+        (OSError(errno.ENOMEM, "no"), "error: the memory is not enough; use smaller batches"),
+        (MemoryError("Unable to allocate 9 TiB"), "error: the memory is not enough; use smaller batches"),
         (torch.OutOfMemoryError("CUDA out of memory"), "error: the GPU's memory is not enough; use smaller batches"),
         (PermissionError(errno.EACCES, "no", "f"), "error: no permission to write or read (f); choose another path"),
     ],
@@ -39,6 +44,35 @@ def test_mistakes_of_the_user(error, sentence, tmp_path):
     assert status == 2
     assert text.startswith(sentence)
     assert text.count("\n") == 1
+
+
+def test_paths_that_cannot_be_right(tmp_path):
+    """As the system refuses them; whoever reads these sees which path is meant."""
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to("circle")
+    for name, sentence in {
+        "circle": "symlinks lead in a circle",
+        "file/x": "a folder is needed where there is a file",
+        ".": "a file is needed where there is a folder",
+        "x" * 300: "a name is too long for the file system",
+    }.items():
+        (tmp_path / "log").unlink(missing_ok=True)
+        path = tmp_path / name
+        status = wait(fork(lambda path=path: run(path.read_bytes), tmp_path / "log"))
+        assert (status, (tmp_path / "log").read_text()[:-1].count("\n")) == (2, 0)
+        assert f"error: {sentence} ({path}); " in (tmp_path / "log").read_text()
+
+
+def test_a_file_size_limit(tmp_path):
+    def main():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at its start
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        with atomic_file(tmp_path / "large") as file:
+            file.write(bytes(2 << 20))
+
+    assert wait(fork(lambda: run(main), tmp_path / "log")) == 2
+    assert "error: a file grows larger" in (tmp_path / "log").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_bugs_keep_their_traceback(tmp_path):
@@ -56,6 +90,15 @@ def test_only_the_first_rank_reports_and_restarts_do_not_repeat(tmp_path, monkey
     assert outcome(UserError("wrong."), tmp_path) == (2, "error: wrong.\n")
     assert outcome(UserError("wrong."), tmp_path) == (2, "error: wrong.\n")  # nothing was added to the log
     assert outcome(RuntimeError("connection closed by the rank that left"), tmp_path) == (2, "error: wrong.\n")
+    assert (tmp_path / "marker").read_text() == "error: wrong.\n"  # for the other nodes
+
+
+def test_news_from_other_nodes_is_waited_for(tmp_path, monkeypatch):
+    """A rank whose collective fails because of a user error on another node is silent, whoever is faster."""
+    monkeypatch.setenv(ERROR_MARKER, str(tmp_path / "marker"))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    threading.Timer(0.5, (tmp_path / "marker").touch).start()
+    assert outcome(RuntimeError("connection closed"), tmp_path) == (2, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
@@ -63,7 +106,7 @@ def test_a_worker_whose_launcher_is_gone_before_it_starts_ends(tmp_path, monkeyp
     monkeypatch.setenv("LOCAL_RANK", "0")
     for launcher, status in ((os.getpid(), 0), (os.getppid(), 1)):
         monkeypatch.setenv(LAUNCHER_PID, str(launcher))
-        assert wait(fork(start_worker, tmp_path / "log")) == status
+        assert wait(fork(end_with_launcher, tmp_path / "log")) == status
 
 
 FAULTS = """
@@ -113,8 +156,11 @@ def test_a_user_who_has_set_the_allocator_wins(tmp_path):
         "class C: mallopt = staticmethod(lambda number, value: calls.append(number))\n"
         "program.ctypes.CDLL = lambda name: C\nprogram.keep_memory_between_steps()\nprint(sorted(calls))"
     )
-    run_with = lambda **env: subprocess.run([sys.executable, "-c", script], env=os.environ | env, text=True,  # noqa: E731
-                                            capture_output=True, check=True).stdout.strip()  # fmt: skip
+
+    def run_with(**env):
+        call = [sys.executable, "-c", script]
+        return subprocess.run(call, env=os.environ | env, text=True, capture_output=True, check=True).stdout.strip()
+
     assert run_with() == "[-8, -3, -2, -1]"
     assert run_with(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_ARENA_MAX="4") == "[-3, -2]"
 

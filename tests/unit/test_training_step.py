@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.engine.state import Trained
+from utils.engine.state import EMA, Trained
 from utils.engine.step import apply_gradients
 
 
@@ -56,3 +56,24 @@ def test_an_overflow_of_the_norm_alone_skips_the_step(scaled):
     assert skipped == 1
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert scaler.get_scale() == (2.0 if scaled else 1.0)
+
+
+def test_averages_warm_up_so_that_short_trainings_do_not_keep_their_beginning():
+    """The decay of update n is min(decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, 0.5)
+    expected = 0.0
+    for n in range(12):
+        nn.init.constant_(model.weight, float(n))
+        ema.update()
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+        assert ema.averages[0].item() == pytest.approx(expected)
+    assert EMA(model, 0.9999).share_of_beginning == 1
+    ema = EMA(model, 0.9999)
+    ema.updates = 300
+    assert ema.share_of_beginning < 1e-9
+    with ema.in_place():
+        assert model.weight.item() == 11.0
+    assert model.weight.item() == 11.0

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tokenizer.tokenizer_image.discriminator import PatchDiscriminator, smallest_image
+from tokenizer.base import QuantizerLosses
 from tokenizer.tokenizer_image.vq_loss import (
     DISCRIMINATOR_LOSSES,
     GENERATOR_LOSSES,
-    LossWeights,
+    LossSettings,
+    PatchDiscriminator,
     VQLoss,
     adaptive_weight,
 )
-from tokenizer.tokenizer_image.vq_model import QuantizerLosses
 from utils.distributed import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -52,7 +52,8 @@ def test_values_of_the_adversarial_losses():
 def test_the_discriminator_judges_each_image_alone():
     torch.manual_seed(0)
     model = PatchDiscriminator()
-    images = torch.rand(3, 3, smallest_image(layers=3), smallest_image(layers=3))
+    size = LossSettings(disc_num_layers=3).smallest_image
+    images = torch.rand(3, 3, size, size)
     together = model(images)
     assert together.shape == (3, 1, 2, 2)
     torch.testing.assert_close(together[:1], model(images[:1]), rtol=1e-4, atol=1e-5)
@@ -68,10 +69,12 @@ def batch():
 
 def test_every_weight_is_applied(batch):
     images, reconstruction, quantizer = batch
-    weights = LossWeights(reconstruction=2.0, perceptual=3.0, adversarial=0.5, codebook=4.0)
+    weights = LossSettings(
+        reconstruction_loss="l1", reconstruction_weight=2.0, perceptual_weight=3.0, disc_weight=0.5, codebook_weight=4.0
+    )
     perceptual = lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))  # noqa: E731 - stands in for LPIPS
     judge = lambda image: image.mean(dim=(1, 2, 3)) - 1  # noqa: E731
-    loss = VQLoss(weights, "l1", "hinge", perceptual, ALONE)
+    loss = VQLoss(weights, perceptual, ALONE)
     quantizer = quantizer._replace(entropy=torch.tensor(0.01))
     total, terms = loss(images, reconstruction, quantizer, judge, None)
     l1 = F.l1_loss(reconstruction, images)
@@ -79,14 +82,17 @@ def test_every_weight_is_applied(batch):
     expected = 2 * l1 + 3 * l1 + 0.5 * generator + 4 * 0.2 + 0.05 + 0.01
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(terms["generator"], generator)
-    l2 = VQLoss(weights, "l2", "hinge", None, ALONE)(images, reconstruction, quantizer, None, None)[1]
+    l2 = VQLoss(LossSettings(), None, ALONE)(images, reconstruction, quantizer, None, None)[1]
     torch.testing.assert_close(l2["reconstruction"], F.mse_loss(reconstruction, images))
 
 
 def test_terms_without_weight_are_not_computed(batch):
-    loss = VQLoss(LossWeights(perceptual=0.0), "l2", "hinge", None, ALONE)
+    loss = VQLoss(LossSettings(perceptual_weight=0.0), None, ALONE)
     _, terms = loss(*batch, None, None)
     assert terms.keys() == {"reconstruction", "codebook", "commitment"}
+    total, terms = loss(*batch[:2], QuantizerLosses(), None, None)  # of a quantizer without a codebook
+    assert terms.keys() == {"reconstruction"}
+    assert torch.equal(total, terms["reconstruction"])
 
 
 def test_adaptive_weight_balances_the_gradients_of_the_last_layer(batch):
@@ -94,8 +100,8 @@ def test_adaptive_weight_balances_the_gradients_of_the_last_layer(batch):
     last = torch.nn.Conv2d(3, 3, 1, bias=False)
     reconstruction = last(reconstruction)
     judge = lambda image: 5 * image.mean(dim=(1, 2, 3))  # noqa: E731
-    weights = LossWeights(adversarial=0.5, adaptive=True)
-    total, terms = VQLoss(weights, "l2", "hinge", None, ALONE)(images, reconstruction, quantizer, judge, last.weight)
+    weights = LossSettings(disc_weight=0.5, disc_adaptive_weight=True)
+    total, terms = VQLoss(weights, None, ALONE)(images, reconstruction, quantizer, judge, last.weight)
     ours = torch.autograd.grad(terms["reconstruction"], last.weight, retain_graph=True)[0].norm()
     adversarial = torch.autograd.grad(terms["generator"], last.weight, retain_graph=True)[0].norm()
     torch.testing.assert_close(terms["adaptive_weight"], ours / (adversarial + 1e-4))

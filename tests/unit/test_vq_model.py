@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tokenizer.base import ImageTokenizer, TrainableTokenizer
 from tokenizer.tokenizer_image import vq_model
-from tokenizer.tokenizer_image.load import build_tokenizer
+from tokenizer.tokenizer_image.load import TokenizerSettings, build_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models, to_uint8
 from utils.program import UserError
 
@@ -40,6 +41,10 @@ def synthetic_state(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 def tiny():
     torch.manual_seed(0)
     return VQ_models["VQ-Tiny"](codebook_size=64, codebook_embed_dim=4)
+
+
+def load(path: Path, name: str | None = "VQ-Tiny", size: int | None = 64, dim: int | None = 4, weights: str = "auto"):
+    return build_tokenizer(TokenizerSettings(str(path), name, size, dim, weights))
 
 
 def save(path: Path, model: torch.nn.Module, **entries) -> Path:
@@ -100,6 +105,20 @@ def test_decoding_codes_equals_decoding_their_vectors(tiny):
     torch.testing.assert_close(decoded, reconstruction, rtol=1e-5, atol=1e-5)
 
 
+def test_it_offers_what_the_program_asks_of_a_tokenizer(tiny):
+    assert isinstance(tiny, ImageTokenizer)
+    assert isinstance(tiny, TrainableTokenizer)
+    images = torch.rand(2, 3, 32, 16) * 2 - 1
+    codes = tiny.encode_indices(images)
+    assert codes.shape == (2, 8 * 4)
+    assert (tiny.codebook_size, tiny.downsample_factor) == (64, 4)
+    decoded = tiny.decode_indices(codes.view(2, 8, 4))
+    assert torch.equal(decoded, tiny.decode_code(codes, (2, 4, 8, 4)))
+    expected = decoded.detach()
+    tiny.decoder.bfloat16(), tiny.post_quant_conv.bfloat16()  # the codebook stays in float32
+    torch.testing.assert_close(tiny.decode_indices(codes.view(2, 8, 4)).float(), expected, rtol=0.1, atol=0.05)
+
+
 def test_quantizer_losses_and_their_gradients():
     torch.manual_seed(0)
     quantizer = VQ_models["VQ-Tiny"](codebook_size=16, codebook_embed_dim=4, commit_loss_beta=0.5).quantize
@@ -153,13 +172,13 @@ def test_build_tokenizer_says_what_it_loaded(tiny, tmp_path):
     averaged = {name: value + 1 for name, value in tiny.state_dict().items()}
     settings = argparse.Namespace(vq_model="VQ-Tiny", codebook_size=64, codebook_embed_dim=4)
     path = save(tmp_path / "tiny.pt", tiny, ema=averaged, args=settings)
-    model, info = build_tokenizer("VQ-Tiny", 64, 4, path)
+    model, info = load(path)
     assert (info.weights, info.downsample_factor, len(info.sha256)) == ("ema", 4, 64)
     assert "ema weights" in str(info)
     assert torch.equal(model.state_dict()["encoder.conv_in.bias"], averaged["encoder.conv_in.bias"])
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    model, info = build_tokenizer("VQ-Tiny", 64, 4, path, weights="raw")
+    model, info = load(path, weights="raw")
     assert info.weights == "raw"
     assert torch.equal(model.state_dict()["encoder.conv_in.bias"], tiny.state_dict()["encoder.conv_in.bias"])
 
@@ -168,7 +187,7 @@ def test_build_tokenizer_reads_bare_and_wrapped_weights(tiny, tmp_path):
     torch.save(tiny.state_dict(), tmp_path / "bare.pt")
     torch.save({"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}}, tmp_path / "wrapped.pt")
     for name in ("bare.pt", "wrapped.pt"):
-        model, info = build_tokenizer("VQ-Tiny", 64, 4, tmp_path / name)
+        model, info = load(tmp_path / name)
         assert info.weights == "raw"
         assert torch.equal(model.quantize.embedding.weight, tiny.quantize.embedding.weight)
 
@@ -176,17 +195,83 @@ def test_build_tokenizer_reads_bare_and_wrapped_weights(tiny, tmp_path):
 @pytest.mark.parametrize("settings", [{"codebook_size": 32}, argparse.Namespace(codebook_size=32)])
 def test_build_tokenizer_refuses_contradicting_flags(tiny, tmp_path, settings):
     path = save(tmp_path / "tiny.pt", tiny, **{"config" if isinstance(settings, dict) else "args": settings})
-    with pytest.raises(UserError, match="--codebook-size 32, not 64"):
-        build_tokenizer("VQ-Tiny", 64, 4, path)
+    with pytest.raises(UserError, match=r"--codebook-size \(32 there, 64 here\); leave these flags out"):
+        load(path)
 
 
 def test_build_tokenizer_refuses_other_models(tiny, tmp_path):
     path = save(tmp_path / "tiny.pt", tiny)
     with pytest.raises(UserError, match="does not fit this model"):
-        build_tokenizer("VQ-Tiny", 32, 4, path)
+        load(path, size=32)
     with pytest.raises(UserError, match="VQ-16, VQ-8, VQ-Tiny"):
-        build_tokenizer("VQ-4", 64, 4, path)
+        load(path, name="VQ-4")
     with pytest.raises(UserError, match="there is no checkpoint"):
-        build_tokenizer("VQ-Tiny", 64, 4, tmp_path / "none.pt")
+        load(tmp_path / "none.pt")
     with pytest.raises(UserError, match="no EMA weights"):
-        build_tokenizer("VQ-Tiny", 64, 4, path, weights="ema")
+        load(path, weights="ema")
+
+
+def test_what_the_checkpoint_records_builds_the_model(tmp_path):
+    """Without flags, and with every field: one without parameters, and shapes that no published name has."""
+    config = {"channels": 16, "z_channels": 8, "num_res_blocks": 2, "norm_groups": 2, "commit_loss_beta": 0.7}
+    config |= {"encoder_ch_mult": [1, 3], "decoder_ch_mult": [1, 3], "codebook_size": 24, "codebook_embed_dim": 5}
+    model = vq_model.VQModel(vq_model.ModelArgs(**config))
+    path = save(tmp_path / "own.pt", model, config={"vq_model": "VQ-8", "image_size": 32, **config})
+    found, info = load(path, None, None, None)
+    assert found.config == model.config
+    assert (info.name, info.codebook_size, info.codebook_embed_dim, info.downsample_factor) == ("VQ-8", 24, 5, 2)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.equal(found.encode_indices(images), model.encode_indices(images))
+
+
+def test_a_checkpoint_that_records_nothing_is_of_the_published_size(tmp_path):
+    assert load(save(tmp_path / "vq.pt", VQ_models["VQ-16"]()), None, None, None)[1].name == "VQ-16"
+
+
+OWN_CLASS = """
+from tokenizer.tokenizer_image.vq_model import VQ_Tiny
+open({ran!r}, "a").write("x")
+def mine(extra=0, **settings):
+    return VQ_Tiny(**settings)
+class NoTokenizer:
+    pass
+"""
+
+
+@pytest.fixture
+def own_class(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN_CLASS.format(ran=str(tmp_path / "ran")))
+    model = VQ_models["VQ-Tiny"](codebook_size=64, codebook_embed_dim=4)
+    sizes = {"codebook_size": 64, "codebook_embed_dim": 4, "vq_model": f"{file}:mine(extra=1)"}
+    return file, save(
+        tmp_path / "mine.pt", model, config=sizes | {"vq_model_identity": f"{file}:mine(extra=1) sha256 0"}
+    )
+
+
+def test_a_checkpoint_never_makes_a_users_file_run(own_class, tmp_path):
+    file, path = own_class
+    with pytest.raises(UserError, match=r"was trained with --vq-model '.*mine.py:mine\(extra=1\)'; give it"):
+        load(path, None, None, None)
+    with pytest.raises(UserError, match=r"--vq-model \(mine\(extra=1\) there, mine\(extra=2\) here\)"):
+        load(path, f"{file}:mine(extra=2)")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_users_class_is_given_by_flag_and_may_have_moved_or_changed(own_class, tmp_path, capsys):
+    file, path = own_class
+    moved = tmp_path / "moved.py"
+    file.rename(moved)
+    _, info = load(path, f"{moved}:mine( extra = 1 )", None, None)
+    assert "sha256" in info.name
+    assert (info.label, info.codebook_size) == ("mine", 64)
+    assert "warning" in capsys.readouterr().err
+
+
+def test_refuses_what_is_no_tokenizer(own_class, tmp_path):
+    file, _ = own_class
+    bare = save(tmp_path / "bare.pt", VQ_models["VQ-Tiny"](codebook_size=64, codebook_embed_dim=4))
+    with pytest.raises(UserError, match="is no image tokenizer"):
+        load(bare, f"{file}:NoTokenizer")
+    with pytest.raises(UserError, match="no function or class nothing"):
+        load(bare, f"{file}:nothing")

@@ -5,11 +5,12 @@ The layers, their names and their shapes are those of LlamaGen (arXiv 2406.06525
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from tokenizer.base import QuantizerLosses
 
 USAGE_BUFFER_SIZE = 65536  # of `quantize.codebook_used` in published checkpoints
 LOOKUP_ELEMENTS = 1 << 24  # similarities held at a time in the search for the nearest codes: 64 MiB in float32
@@ -32,18 +33,11 @@ class ModelArgs:
     norm_groups: int = 32
 
 
-class QuantizerLosses(NamedTuple):
-    """Scalars, already weighted by `commit_loss_beta` and `entropy_loss_ratio`; no entropy term at ratio 0."""
-
-    codebook: torch.Tensor
-    commitment: torch.Tensor
-    entropy: torch.Tensor | None
-
-
 class VQModel(nn.Module):
     def __init__(self, config: ModelArgs):
         super().__init__()
         self.config = config
+        self.codebook_size, self.codebook_embed_dim = config.codebook_size, config.codebook_embed_dim
         self.downsample_factor = 2 ** (len(config.encoder_ch_mult) - 1)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -71,13 +65,26 @@ class VQModel(nn.Module):
         return self.quantize.nearest(self.latent(images)).flatten(1)
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) images of (B, embed_dim, h, w) vectors."""
-        return self.decoder(self.post_quant_conv(quantized))
+        """(B, 3, H, W) images of (B, embed_dim, h, w) vectors; the decoder may be in another precision than they."""
+        return self.decoder(self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype)))
+
+    def decode_indices(self, codes: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) images of (B, h, w) integer codes."""
+        return self.decode(self.quantize.lookup(codes))
 
     def decode_code(self, codes: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
         """(B, 3, H, W) images of integer codes of any layout in raster order; `shape` is (B, embed_dim, h, w)."""
         batch, _, height, width = shape
-        return self.decode(self.quantize.lookup(codes.reshape(batch, height, width)))
+        return self.decode_indices(codes.reshape(batch, height, width))
+
+    @property
+    def last_layer(self) -> torch.Tensor:
+        return self.decoder.conv_out.weight
+
+    def compile_layers(self) -> None:
+        self.encoder.compile(dynamic=False)
+        # The last layer stays out of the graph: the adaptive weight asks for its gradient alone.
+        self.decoder.features = torch.compile(self.decoder.features, dynamic=False)
 
 
 class VectorQuantizer(nn.Module):
@@ -149,21 +156,16 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        width = config.channels
-        for level, out in enumerate(widths):
+        for level, (width, out) in enumerate(zip([config.channels, *widths], widths, strict=False)):
             resample = Downsample(out) if level != last else None
-            stage = Stage(config, width, out, config.num_res_blocks, attention=level == last, downsample=resample)
-            self.conv_blocks.append(stage)
-            width = out
-        self.mid = middle(config, width)
-        self.norm_out = group_norm(config, width)
-        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+            self.conv_blocks.append(Stage(config, width, out, config.num_res_blocks, level == last, resample))
+        self.mid = middle(config, out)
+        self.norm_out = group_norm(config, out)
+        self.conv_out = nn.Conv2d(out, config.z_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
-        for stage in self.conv_blocks:
-            x = stage(x)
-        for block in self.mid:
+        for block in (*self.conv_blocks, *self.mid):
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -173,27 +175,22 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * multiple for multiple in reversed(config.decoder_ch_mult)]
         last = len(widths) - 1
-        width = widths[0]
-        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
-        self.mid = middle(config, width)
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(config, widths[0])
         self.conv_blocks = nn.ModuleList()
-        for level, out in enumerate(widths):
+        for level, (width, out) in enumerate(zip([widths[0], *widths], widths, strict=False)):
             resample = Upsample(out) if level != last else None
-            stage = Stage(config, width, out, config.num_res_blocks + 1, attention=level == 0, upsample=resample)
-            self.conv_blocks.append(stage)
-            width = out
-        self.norm_out = group_norm(config, width)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+            self.conv_blocks.append(Stage(config, width, out, config.num_res_blocks + 1, level == 0, resample))
+        self.norm_out = group_norm(config, out)
+        self.conv_out = nn.Conv2d(out, 3, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.conv_out(self.features(z))
 
     def features(self, z: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(z)
-        for block in self.mid:
+        for block in (*self.mid, *self.conv_blocks):
             x = block(x)
-        for stage in self.conv_blocks:
-            x = stage(x)
         return F.silu(self.norm_out(x))
 
 
@@ -201,20 +198,13 @@ class Stage(nn.Module):
     """The blocks of one resolution, each followed by attention where asked for, then the step to the next."""
 
     def __init__(
-        self,
-        config: ModelArgs,
-        width: int,
-        out: int,
-        blocks: int,
-        attention: bool,
-        downsample: nn.Module | None = None,
-        upsample: nn.Module | None = None,
+        self, config: ModelArgs, width: int, out: int, blocks: int, attention: bool, resample: nn.Module | None
     ):
         super().__init__()
         self.res = nn.ModuleList(ResnetBlock(config, width if i == 0 else out, out) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(config, out) for _ in range(blocks if attention else 0))
-        self.downsample = downsample
-        self.upsample = upsample
+        self.downsample = resample if isinstance(resample, Downsample) else None
+        self.upsample = resample if isinstance(resample, Upsample) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.res):
@@ -299,15 +289,15 @@ def VQ_16(**settings) -> VQModel:
 
 def VQ_8(**settings) -> VQModel:
     """One code for 8×8 pixels."""
-    multiples = [1, 2, 2, 4]
-    return VQModel(ModelArgs(encoder_ch_mult=multiples, decoder_ch_mult=multiples, **settings))
+    multiples = {"encoder_ch_mult": [1, 2, 2, 4], "decoder_ch_mult": [1, 2, 2, 4]}
+    return VQModel(ModelArgs(**multiples | settings))
 
 
 def VQ_Tiny(**settings) -> VQModel:
     """One code for 4×4 pixels, few channels: for tests and for small simple images."""
-    multiples = [1, 2, 2]
+    multiples = {"encoder_ch_mult": [1, 2, 2], "decoder_ch_mult": [1, 2, 2]}
     small = {"channels": 32, "z_channels": 32, "num_res_blocks": 1, "norm_groups": 8}
-    return VQModel(ModelArgs(encoder_ch_mult=multiples, decoder_ch_mult=multiples, **small, **settings))
+    return VQModel(ModelArgs(**multiples | small | settings))
 
 
-VQ_models = {"VQ-16": VQ_16, "VQ-8": VQ_8, "VQ-Tiny": VQ_Tiny}
+VQ_models = {"VQ-16": VQ_16, "VQ-8": VQ_8, "VQ-Tiny": VQ_Tiny}  # the names that --vq-model knows

@@ -1,95 +1,174 @@
-"""What the tokenizer's trainer starts from: checked flags, schedule, models, optimizers, and what a run records."""
+"""What the tokenizer's trainer starts from: its settings, models and optimizers, and what a run records."""
+
+import dataclasses
 
 import torch
 from torch import nn
 
-from autoregressive.train.schedule import Plan, make_plan
 from dataset.image_folder import ImageFolder
 from pretrained_models.catalogue import load_initial
+from tokenizer.base import TrainableTokenizer
 from tokenizer.tokenizer_image import lpips
-from tokenizer.tokenizer_image.discriminator import PatchDiscriminator, smallest_image
-from tokenizer.tokenizer_image.load import check_image_size
-from tokenizer.tokenizer_image.lpips import load_lpips
+from tokenizer.tokenizer_image.load import DEFAULT_TOKENIZER, check_image_size, check_sizes, given_sizes, new_tokenizer
+from tokenizer.tokenizer_image.lpips import LPIPSSettings, load_lpips
 from tokenizer.tokenizer_image.metrics import SSIM_WINDOW
-from tokenizer.tokenizer_image.vq_loss import LossWeights, VQLoss
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+from tokenizer.tokenizer_image.vq_loss import LossSettings, PatchDiscriminator, VQLoss
+from tokenizer.tokenizer_image.vq_model import VectorQuantizer, VQ_models, VQModel
 from utils.distributed import World
-from utils.engine.parallel import distribute
-from utils.engine.state import EMA, Trained
-from utils.engine.step import check_batch_size
+from utils.engine.learning_rate import LearningRate, LearningRateSettings
+from utils.engine.parallel import bare, distribute
+from utils.engine.run import RunSettings
+from utils.engine.state import EMASettings, Trained
+from utils.engine.step import StepSettings, make_adamw
 from utils.program import UserError
+from utils.settings import REQUIRED, SettingError, option, recipe, settings, with_defaults
 
 
-def schedule_of(args, folder: ImageFolder) -> Plan:
-    """The GPT trainer's schedule with a single level."""
-    try:
-        return make_plan(
-            args.epochs, len(folder) // args.global_batch_size, patch_level=1, epoch_rate=0.5, grid=(1, 1), lr=args.lr,
-            end_lr=args.end_lr, warmup_epochs=args.warmup_epochs, decay_ratio=args.decay_ratio,
-            scheduler=args.scheduler,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
-
-
-def check_flags(args, world: World) -> None:
-    check_batch_size(args, world)
-    for used, pixels, what, remedy in (
-        (args.disc_weight > 0, smallest_image(args.disc_num_layers), "the discriminator judges", "--disc-weight 0"),
-        (args.perceptual_weight > 0, lpips.SMALLEST_IMAGE, "LPIPS compares", "--perceptual-weight 0"),
-        (args.val_data_path, SSIM_WINDOW, "SSIM compares", "no --val-data-path"),
-    ):
-        if used and args.image_size < pixels:
-            raise UserError(f"{what} images of at least {pixels} pixels a side, not {args.image_size}; use {remedy}.")
-    if not 0 <= args.dropout_p < 1:
-        raise UserError(f"--dropout-p must be at least 0 and below 1, got {args.dropout_p}.")
-    if args.disc_dim < 16 or args.disc_dim % 16:
-        raise UserError(f"--disc-dim must be a multiple of 16, got {args.disc_dim}.")
-    for name in ("codebook_size", "codebook_embed_dim", "val_every", "disc_num_layers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    for name in ("disc_start", "disc_weight", "perceptual_weight", "revive_dead_codes"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}.")
-
-
-def make_tokenizer(args, world: World) -> Trained:
-    torch.manual_seed(args.global_seed)
-    model: VQModel = VQ_models[args.vq_model](
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
-        commit_loss_beta=args.commit_loss_beta,
-        entropy_loss_ratio=args.entropy_loss_ratio,
-        dropout_p=args.dropout_p,
+@settings("model")
+class VQModelSettings:
+    vq_model: str = recipe(
+        DEFAULT_TOKENIZER,
+        f"architecture: {', '.join(VQ_models)} (the number is the pixels per side that one code covers; VQ-Tiny: 4), "
+        "or a class of your own as FILE.py:NAME or 'FILE.py:NAME(key=value)'",
     )
-    check_image_size(args.image_size, args.vq_model, model)
-    if args.init_from:
-        kind = load_initial(model, args.init_from, "check --vq-model, --codebook-size and --codebook-embed-dim.")
+    codebook_size: int | None = recipe(None, "number of codes; default: 16384, or what your own class says", at_least=1)
+    codebook_embed_dim: int | None = recipe(
+        None, "length of a code's vector; default: 8, or what your own class says", at_least=1
+    )
+    commit_loss_beta: float = recipe(0.25, "weight of the commitment loss", at_least=0)
+    entropy_loss_ratio: float = recipe(0.0, "weight of the entropy loss; 0: not computed", at_least=0)
+    dropout_p: float = recipe(0.0, "dropout inside the residual blocks", at_least=0, below=1)
+    revive_dead_codes: int = recipe(
+        0, "steps after which unused codes move onto vectors of the batch; 0: never", at_least=0
+    )
+    vq_ckpt: str | None = option(None, "training checkpoint to continue from, the same as --resume; or see --finetune")
+    finetune: bool = option(False, "take only the weights of --vq-ckpt, the same as --init-from")
+    init_from: str | None = recipe(
+        None,
+        "start from these weights alone: a published file or any checkpoint (its averaged weights, where it has them)",
+        aliases=("--finetune-from",),
+    )
+
+    def __post_init__(self):
+        if self.finetune and not self.vq_ckpt:
+            raise SettingError("finetune", "--finetune", "needs --vq-ckpt, the weights to start from")
+        if self.init_from and self.vq_ckpt:
+            raise SettingError("init_from", "--init-from", "and --vq-ckpt both say where to start; give one of them")
+
+    @property
+    def initial_weights(self) -> str | None:
+        return self.vq_ckpt if self.finetune else self.init_from
+
+
+@settings("data")
+class VQDataSettings:
+    data_path: str = option(REQUIRED, "image folder: one folder per class")
+    dataset: str = option("imagenet", "accepted as published: any folder of classes", choices=("imagenet",))
+    val_data_path: str | None = option(None, "image folder of held-out images: PSNR and SSIM while training")
+    val_every: int = option(5000, "steps between validations", at_least=1)
+    image_size: int = recipe(256, "pixels per side of the random crops", at_least=1)
+    mirror: bool = recipe(True, "mirror half of the crops; not for digits or text")
+    num_workers: int = option(16, "decoding processes per rank, at most its share of the cores; 0: none", at_least=0)
+
+
+@settings("training")
+class VQTrainSettings:
+    """Published names and defaults; the published recipe's weight decay of 0.05 was never applied, so it is 0 here."""
+
+    model: VQModelSettings
+    data: VQDataSettings
+    loss: LossSettings
+    lpips: LPIPSSettings
+    step: with_defaults(StepSettings, global_batch_size=128, weight_decay=0.0)
+    learning_rate: LearningRateSettings
+    ema: EMASettings
+    run: with_defaults(RunSettings, results_dir="results_tokenizer_image", ckpt_every=5000)
+    epochs: int = recipe(40, "passes over the images", at_least=1)
+    compile: bool | None = option(None, "compile the tokenizer, the discriminator and LPIPS; default: on GPUs only")
+
+    def __post_init__(self):
+        if self.model.vq_ckpt and self.run.resume != "auto":
+            raise SettingError("vq_ckpt", "--vq-ckpt", "and --resume both say where to start; give one of them")
+        size = self.data.image_size
+        for used, pixels, who, remedy in (
+            (self.loss.disc_weight > 0, self.loss.smallest_image, "the discriminator judges", "--disc-weight 0"),
+            (self.loss.perceptual_weight > 0, lpips.SMALLEST_IMAGE, "LPIPS compares", "--perceptual-weight 0"),
+            (self.data.val_data_path, SSIM_WINDOW, "SSIM compares", "no --val-data-path"),
+        ):
+            if used and size < pixels:
+                reason = f"{size} is too small: {who} images of at least {pixels} pixels per side; use {remedy}"
+                raise SettingError("image_size", "--image-size", reason)
+
+    @property
+    def continued_run(self) -> RunSettings:
+        """`run`, and what the published `--vq-ckpt` means for it."""
+        continues = self.model.vq_ckpt and not self.model.finetune
+        return dataclasses.replace(self.run, resume=self.model.vq_ckpt) if continues else self.run
+
+    def schedule(self, folder: ImageFolder) -> LearningRate:
+        """The learning rate of a training that is one stage."""
+        steps_per_epoch = len(folder) // self.step.global_batch_size
+        if steps_per_epoch < 1:
+            raise UserError(
+                f"--global-batch-size {self.step.global_batch_size} is more than the {len(folder):,} images of "
+                f"{self.data.data_path}; a batch must fit the data."
+            )
+        try:
+            return LearningRate(self.learning_rate, [self.epochs * steps_per_epoch], steps_per_epoch)
+        except ValueError as error:
+            raise UserError(f"{error}.") from error
+
+
+def should_compile(settings: VQTrainSettings, world: World) -> bool:
+    return world.device.type == "cuda" if settings.compile is None else settings.compile
+
+
+def make_tokenizer(settings: VQTrainSettings, world: World) -> tuple[Trained, str]:
+    """The tokenizer with its optimizer, and its identity: the name, or what identifies a user's class."""
+    chosen = settings.model
+    torch.manual_seed(settings.step.global_seed)
+    model, identity = new_tokenizer(
+        chosen.vq_model,
+        **given_sizes(chosen),
+        commit_loss_beta=chosen.commit_loss_beta,
+        entropy_loss_ratio=chosen.entropy_loss_ratio,
+        dropout_p=chosen.dropout_p,
+    )
+    if not isinstance(model, TrainableTokenizer):
+        raise UserError(f"--vq-model {chosen.vq_model} cannot be trained; tokenizer/base.py says what that takes.")
+    check_sizes(chosen, model, identity)
+    check_image_size(settings.data.image_size, identity, model.downsample_factor)
+    if chosen.initial_weights:
+        remedy = "check --vq-model, --codebook-size and --codebook-embed-dim."
+        kind = load_initial(model, chosen.initial_weights, remedy)
         if world.is_main:
-            print(f"starting from the {kind} weights of {args.init_from}")
-    model.quantize.codebook_used.zero_()
+            print(f"starting from the {kind} weights of {chosen.initial_weights}")
+    if isinstance(getattr(model, "quantize", None), VectorQuantizer):  # its codes are vectors that learn, and can die
+        model.quantize.codebook_used.zero_()
+    elif chosen.revive_dead_codes:
+        raise UserError(f"{identity} has no learned codebook; leave --revive-dead-codes out.")
     model.to(world.device, memory_format=torch.channels_last)
-    if args.compile:
-        model.encoder.compile(dynamic=False)
-        # The last layer stays out of the graph: the adaptive weight asks for its gradient alone.
-        model.decoder.features = torch.compile(model.decoder.features, dynamic=False)
-    module = distribute(model, world, "ddp", args.mixed_precision)
-    return Trained(module, _adamw(args, module), EMA(module, args.ema_decay) if args.ema else None)
+    if should_compile(settings, world):
+        model.compile_layers()
+    module = distribute(model, world, "ddp", settings.step.mixed_precision)
+    return Trained(module, _adamw(settings, module), settings.ema.of(module)), identity
 
 
-def make_discriminator(args, plan: Plan, world: World) -> Trained | None:
-    if args.disc_weight == 0:
+def make_discriminator(settings: VQTrainSettings, total_steps: int, world: World) -> Trained | None:
+    loss = settings.loss
+    if loss.disc_weight == 0:
         return None
-    if args.disc_start >= plan.total_steps:
+    if loss.disc_start >= total_steps:
         if world.is_main:
-            print(f"no adversarial loss: --disc-start {args.disc_start:,} lies beyond the {plan.total_steps:,} steps")
+            print(f"no adversarial loss: --disc-start {loss.disc_start:,} lies beyond the {total_steps:,} steps")
         return None
-    torch.manual_seed(args.global_seed + 1)
-    model = PatchDiscriminator(args.disc_dim, args.disc_num_layers).to(world.device, memory_format=torch.channels_last)
-    if args.compile:
+    torch.manual_seed(settings.step.global_seed + 1)
+    model = PatchDiscriminator(loss.disc_dim, loss.disc_num_layers)
+    model.to(world.device, memory_format=torch.channels_last)
+    if should_compile(settings, world):
         model.compile(dynamic=False)
-    module = distribute(model, world, "ddp", args.mixed_precision)
-    optimizer = _adamw(args, module)
+    module = distribute(model, world, "ddp", settings.step.mixed_precision)
+    optimizer = _adamw(settings, module)
     # A checkpoint taken before its start must restore what a run without that checkpoint has: nothing learned yet.
     for parameter in module.parameters():
         zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -97,40 +176,33 @@ def make_discriminator(args, plan: Plan, world: World) -> Trained | None:
     return Trained(module, optimizer, names=("discriminator", "optimizer_disc", "ema_disc"))
 
 
-def make_loss(args, world: World) -> VQLoss:
+def make_loss(settings: VQTrainSettings, world: World) -> VQLoss:
     perceptual = None
-    if args.perceptual_weight > 0:
-        perceptual = load_lpips(args.lpips_vgg_path, args.lpips_linear_path, world)
-        perceptual.to(memory_format=torch.channels_last)
-        if args.compile:
+    if settings.loss.perceptual_weight > 0:
+        perceptual = load_lpips(settings.lpips, world).to(memory_format=torch.channels_last)
+        if should_compile(settings, world):
             perceptual.compile(dynamic=False)
-    weights = LossWeights(
-        reconstruction=args.reconstruction_weight,
-        perceptual=args.perceptual_weight,
-        adversarial=args.disc_weight,
-        codebook=args.codebook_weight,
-        adaptive=args.disc_adaptive_weight,
-    )
-    return VQLoss(weights, args.reconstruction_loss, args.gen_loss, perceptual, world)
+    return VQLoss(settings.loss, perceptual, world)
 
 
-def _adamw(args, module: nn.Module) -> torch.optim.Optimizer:
-    convolutions = [parameter for parameter in module.parameters() if parameter.dim() == 4]
-    others = [parameter for parameter in module.parameters() if parameter.dim() != 4]  # norms, biases, the codebook
-    groups = [{"params": convolutions, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+def _adamw(settings: VQTrainSettings, module: nn.Module) -> torch.optim.Optimizer:
+    """Weight decay on convolutions alone: not on norms, biases and the codebook."""
+    return make_adamw(module, settings.step, settings.learning_rate.lr, decayed=lambda parameter: parameter.dim() == 4)
 
 
-def recipe_of(args, folder: ImageFolder) -> dict:
-    """Every setting that changes what is learned (the number of processes and how they share work do not)."""
-    names = """vq_model codebook_size codebook_embed_dim dropout_p init_from ema ema_decay image_size mirror
-        reconstruction_loss reconstruction_weight perceptual_weight codebook_weight commit_loss_beta entropy_loss_ratio
-        disc_weight disc_start disc_dim disc_num_layers disc_loss gen_loss disc_adaptive_weight revive_dead_codes epochs
-        global_batch_size lr scheduler warmup_epochs decay_ratio end_lr weight_decay beta1 beta2 max_grad_norm
-        mixed_precision global_seed"""
-    return {name: getattr(args, name) for name in names.split()} | {"images": len(folder)}
+def data_of(settings: VQTrainSettings, tokenizer: Trained, identity: str, folder: ImageFolder) -> dict:
+    """What the settings leave open and changes the result: it identifies the run together with them."""
+    resolved = {"vq_model": identity, "init_from": settings.model.initial_weights, "images": len(folder)}
+    return resolved | sizes_of(bare(tokenizer.module))
 
 
-def config_of(args) -> dict:
-    """What extraction and sampling check against their flags."""
-    return {name: getattr(args, name) for name in ("vq_model", "codebook_size", "codebook_embed_dim", "image_size")}
+def config_of(settings: VQTrainSettings, tokenizer: Trained, identity: str) -> dict:
+    """Everything that builds this tokenizer again."""
+    model = bare(tokenizer.module)
+    config = dataclasses.asdict(model.config) if isinstance(model, VQModel) else {}
+    names = {"vq_model": settings.model.vq_model, "vq_model_identity": identity}
+    return config | sizes_of(model) | names | {"image_size": settings.data.image_size}
+
+
+def sizes_of(model: TrainableTokenizer) -> dict:
+    return {"codebook_size": model.codebook_size, "codebook_embed_dim": getattr(model, "codebook_embed_dim", None)}

@@ -1,4 +1,4 @@
-"""One model on many processes: DDP or FSDP2, and precision."""
+"""One model on many processes: DDP or FSDP2."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,9 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import precision as formats
 from utils.distributed import World
-
-PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def distribute(model: nn.Module, world: World, mode: str, precision: str) -> nn.Module:
@@ -25,13 +24,13 @@ def distribute(model: nn.Module, world: World, mode: str, precision: str) -> nn.
         # Models are compiled piece by piece, and gradients leave with each; DDP would cut the pieces smaller.
         torch._dynamo.config.optimize_ddp = False
         device_ids = [world.device] if world.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # as an argument it warns
+        return wrapped
     mesh = init_device_mesh(world.device.type, (world.size,))
     # Inputs are not cast: the rotary table must stay float32, and the embeddings are already in the precision.
     policy = MixedPrecisionPolicy(
-        param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=formats.DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -40,18 +39,12 @@ def distribute(model: nn.Module, world: World, mode: str, precision: str) -> nn.
 
 def autocast(module: nn.Module, world: World, precision: str) -> AbstractContextManager:
     """Mixed precision of a forward pass; FSDP casts its parameters itself."""
-    if precision == "none" or isinstance(module, FSDPModule):
-        return nullcontext()
-    return torch.autocast(world.device.type, PRECISIONS[precision])
+    return nullcontext() if isinstance(module, FSDPModule) else formats.autocast(world.device, precision)
 
 
-def forbid_tf32() -> None:
-    """Multiply float32 numbers as such on GPUs, and add up the products of halves in float32.
-
-    (The newer `fp32_precision` makes torch.export fail afterwards.)
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+def bare(module: nn.Module) -> nn.Module:
+    """The module without DDP around it."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def sync_gradients(module: nn.Module, sync: bool) -> None:

@@ -3,93 +3,142 @@
 A trainer's loop stays its own method; it calls `TrainingRun` at the end of each step.
 """
 
-import argparse
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from utils.checkpoint import read_checkpoint
 from utils.distributed import World
 from utils.engine.checkpoint_files import CheckpointWriter, checkpoint_path, is_complete, newest_complete, saved_steps
-from utils.engine.metrics import Metrics
+from utils.engine.metrics import Logger, Metrics, TensorBoardLogger, WandbLogger
 from utils.engine.run_folder import default_run_name, open_run_folder
 from utils.engine.state import Trained, capture_state, restore_state
 from utils.program import UserError
+from utils.settings import (
+    SettingError,
+    default_identity,
+    identity,
+    json_values,
+    option,
+    refuse_differences,
+    settings,
+    unusual,
+    values_of,
+)
 
+FIRST_SAVE = 2  # minutes; from then on the interval doubles up to --ckpt-minutes
+EARLY_ROW = 60  # seconds between rows until the first one of --log-every
 STOPPED_STATUS = 143  # 128 + SIGTERM
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, ckpt_every: int, keep_last: int = 3) -> None:
-    """Flags of every trainer about its run folder, its checkpoints and its log."""
-    group = parser.add_argument_group("run folder, checkpoints, log")
-    group.add_argument("--results-dir", default="results", help="parent of the run folders")
-    group.add_argument("--run-name", help="run folder under --results-dir; default: the model and a hash of the "
-                       "recipe, so that the same command continues the same run")  # fmt: skip
-    group.add_argument("--resume", default="auto", help="auto: continue from the run folder's newest complete "
-                       "checkpoint; or a training checkpoint, for a folder that has none yet")  # fmt: skip
-    group.add_argument("--cloud-save-path", help="a second place that gets a copy of every checkpoint")
-    group.add_argument("--no-local-save", action="store_true", help="keep the run folder under --cloud-save-path only")
-    group.add_argument("--log-every", type=int, default=100, help="steps between rows of metrics.jsonl")
-    group.add_argument("--ckpt-every", type=int, default=ckpt_every, help="steps between checkpoints")
-    group.add_argument(
-        "--ckpt-minutes", type=float, default=30, help="and minutes at most between them (0: steps only)"
+@settings("run folder, checkpoints, log")
+class RunSettings:
+    results_dir: str = option("results", "parent of the run folders")
+    run_name: str | None = option(
+        None,
+        "run folder under --results-dir; default: the model and a hash of the settings that change the result, so that "
+        "the same command continues the same run",
     )
-    group.add_argument("--keep-last", type=int, default=keep_last, help="newest checkpoints kept (2 or more)")
-    group.add_argument("--keep-hours", type=float, default=0, help="checkpoints younger than this are kept as well")
-    group.add_argument("--max-skipped-steps", type=int, default=100, help="stop when the gradients of as many steps in "
-                       "a row were not finite (such steps leave the weights as they are)")  # fmt: skip
-    group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files into the run folder")
+    resume: str = option(
+        "auto",
+        "auto: continue from the newest complete checkpoint of the run folder; or a training checkpoint to start a new "
+        "folder from",
+    )
+    cloud_save_path: str | None = option(None, "a second folder that gets a copy of every checkpoint")
+    no_local_save: bool = option(False, "keep the run folder under --cloud-save-path only")
+    log_every: int = option(100, "steps between rows of metrics.jsonl", at_least=1)
+    ckpt_every: int = option(250_000, "steps between checkpoints", at_least=1)
+    ckpt_minutes: float = option(
+        30.0, "minutes between checkpoints at most, fewer in the first half hour; 0: by steps alone", at_least=0
+    )
+    keep_last: int = option(
+        3, "newest checkpoints to keep; at least 2, for the newest may be the one being written", at_least=2
+    )
+    keep_hours: float = option(0.0, "checkpoints younger than so many hours are kept as well", at_least=0)
+    max_skipped_steps: int = option(
+        100,
+        "stop when the gradients of so many steps in a row were not finite (such steps leave the weights unchanged)",
+        at_least=1,
+    )
+    tensorboard: bool = option(False, "also write TensorBoard files into the run folder")
+    wandb: bool = option(
+        False, "also log to Weights & Biases (WANDB_PROJECT names the project, WANDB_MODE=offline needs no network)"
+    )
+
+    def __post_init__(self):
+        if self.no_local_save and not self.cloud_save_path:
+            raise SettingError(
+                "no_local_save", "--no-local-save", "needs --cloud-save-path, or the run would be saved nowhere"
+            )
 
 
 class TrainingRun:
     """One run: its folder, metrics and checkpoints.
 
-    `parts` are what learns, `config` goes into `config.json` and every checkpoint. `milestones` are steps that are
-    always logged, saved and kept; the last is the end. After `start`, call `end_step` once a step; it may end the
-    process (SIGTERM).
+    `program` are all settings of the trainer and `data` what identifies what it learns from: those that change the
+    result name the folder and decide whether it may be continued. `config` is what later programs must know of the
+    weights; it goes into `config.json` and every checkpoint. `places` are paths of what it was learned from, which a
+    checkpoint only notes. `parts` are what learns. `milestones` are steps that are always logged, saved and kept; the
+    last is the end. After `start`, call `end_step` once per step; it may end the process (SIGTERM).
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        settings: RunSettings,
+        program: Any,
         world: World,
         model_name: str,
-        recipe: dict,
+        data: dict,
         config: dict,
         parts: Sequence[Trained],
         milestones: Sequence[int],
         scaler: torch.amp.GradScaler,
+        places: dict[str, str] | None = None,
     ):
-        _check(args)
-        self.args, self.world, self.config, self.parts, self.scaler = args, world, config, parts, scaler
-        self.milestones, self.total_steps = frozenset(milestones), max(milestones)
-        parent = args.cloud_save_path if args.no_local_save else args.results_dir
-        name = args.run_name or default_run_name(model_name, recipe)
-        self.folder = open_run_folder(parent, name, recipe, {"args": vars(args), "config": config}, world)
-        copies = [args.cloud_save_path] if args.cloud_save_path and not args.no_local_save else []
-        mirrors = [Path(place) / name / "checkpoints" for place in copies]
+        self.settings, self.args = settings, values_of(program)
+        self.world, self.config, self.parts, self.scaler, self.places = world, config, parts, scaler, places or {}
+        self.total_steps = max(milestones)
+        parent = settings.cloud_save_path if settings.no_local_save else settings.results_dir
+        name = settings.run_name or default_run_name(model_name, unusual(program) | data)
+        self.folder = open_run_folder(
+            Path(parent) / name,
+            recipe=identity(program) | data,
+            defaults=default_identity(type(program)),
+            config={"args": self.args, "config": config},
+            world=world,
+        )
+        self.milestones = frozenset((*milestones, *self.folder.finished))
+        mirrored = settings.cloud_save_path and not settings.no_local_save
+        mirrors = [Path(settings.cloud_save_path) / name / "checkpoints"] if mirrored else []
         self._writer = None
         if world.is_main:
             self._writer = CheckpointWriter(
-                self.folder.checkpoints, mirrors, args.keep_last, args.keep_hours, self.milestones.__contains__
+                self.folder.checkpoints, mirrors, settings.keep_last, settings.keep_hours, self.milestones.__contains__
             )
-        self.metrics = Metrics(self.folder.path / "metrics.jsonl", world, self.total_steps, args.tensorboard)
-        self._save_asked = self._stop_asked = False
+        self.metrics = Metrics(
+            self.folder.path / "metrics.jsonl", world, self.total_steps, self._loggers() if world.is_main else ()
+        )
+        self._save_asked = self._stop_asked = self._logged_regularly = False
         self._skipped = torch.zeros(2, device=world.device)  # steps in all, and up to now in a row
         # Ranks agree on signals and on the clock by a collective on the CPU, which need not happen at every step.
-        self._agree_every = 1 if world.size == 1 else min(10, args.log_every)
+        self._agree_every = 1 if world.size == 1 else min(10, settings.log_every)
 
     def start(self) -> int:
         """Restore the newest checkpoint, if there is one; returns the number of steps already done."""
         signal.signal(signal.SIGTERM, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_save)
         path = self.world.broadcast(self._checkpoint_to_resume() if self.world.is_main else None)
-        self._last_save = time.monotonic()
+        self._started = self._last_save = self._last_log = time.monotonic()
         if path is None:
+            if lost := self.metrics.last_step():
+                self.metrics.say(
+                    f"{self.folder.path} was stopped after step {lost:,} and before its first checkpoint; starting anew"
+                )
             self.metrics.resume(0, None)
             return 0
         checkpoint = read_checkpoint(path) if self.world.is_main else {}
@@ -100,6 +149,9 @@ class TrainingRun:
         self.metrics.resume(progress["steps"], progress["metrics"] if same_world else None)
         self._skipped += torch.tensor(progress["skipped_steps"], device=self.world.device)
         self.scaler.load_state_dict(progress["scaler"])
+        for part in self.parts:
+            if part.ema is not None:
+                part.ema.updates = progress["steps"]
         self.metrics.say(f"continuing {self.folder.path} after step {progress['steps']:,}")
         return progress["steps"]
 
@@ -108,15 +160,27 @@ class TrainingRun:
         self._skipped += found_inf
         self._skipped[1] *= found_inf
         milestone = steps_done in self.milestones
-        if milestone or steps_done % self.args.log_every == 0:
-            skipped, in_a_row = map(int, self._skipped.tolist())
-            self.metrics.write(steps_done, log(self.metrics.row() | {"skipped_steps": skipped}))
-            self._stop_if_diverged(in_a_row)
-        save, stop = self._agree(steps_done)
-        if milestone or save or stop or steps_done % self.args.ckpt_every == 0:
+        regular_row = milestone or steps_done % self.settings.log_every == 0
+        if regular_row:
+            self._stop_if_diverged(self._log(steps_done, log))
+        save, stop, early_row = self._agree(steps_done)
+        if early_row and not regular_row:
+            self._log(steps_done, log, regular=False)
+        if milestone or save or stop or steps_done % self.settings.ckpt_every == 0:
             self.save(steps_done)
         if stop and steps_done < self.total_steps:
             self._leave(steps_done)
+
+    def _log(self, steps_done: int, log: Callable[[dict], dict], regular: bool = True) -> int:
+        """Write a row of the log; returns how many steps in a row were skipped.
+
+        One that comes early, on a slow machine, leaves the regular one as it would be without it.
+        """
+        skipped, in_a_row = map(int, self._skipped.tolist())
+        self.metrics.write(steps_done, log(self.metrics.row(start_anew=regular) | {"skipped_steps": skipped}))
+        self._logged_regularly |= regular
+        self._last_log = time.monotonic()
+        return in_a_row
 
     def save(self, steps_done: int) -> None:
         """Copy the state and write it in the background; every rank must call it."""
@@ -124,14 +188,23 @@ class TrainingRun:
         state |= {"metrics": self.metrics.state(), "skipped_steps": self._skipped.tolist()}
         state["scaler"] = self.scaler.state_dict()
         if self._writer is not None:
-            state |= {"steps": steps_done, "args": vars(self.args), "config": self.config}
+            state |= {"steps": steps_done, "args": self.args, "config": self.config, "places": self.places}
             self._writer.save(steps_done, state)
         self._last_save, self._save_asked = time.monotonic(), False
 
     def finish(self) -> Path:
         """Wait for the last checkpoint and return its path."""
         path = self._finish_at(self.total_steps)
+        if self.world.is_main:
+            self.folder.note_finished(self.total_steps)
         self.metrics.close()
+        shares = [part.ema.share_of_beginning for part in self.parts if part.ema is not None]
+        if self.world.is_main and max(shares, default=0) > 0.01:
+            print(
+                f"warning: the averaged weights still hold {max(shares):.0%} of what they were before training; "
+                "lower --ema-decay, train longer, or use --weights raw later",
+                file=sys.stderr,
+            )
         return path
 
     def _finish_at(self, steps_done: int) -> Path:
@@ -153,11 +226,11 @@ class TrainingRun:
         if own is None and saved_steps(self.folder.checkpoints):
             raise UserError(f"every checkpoint in {self.folder.checkpoints} is damaged; remove them to start anew, "
                             "or copy a good one there.")  # fmt: skip
-        if own is not None and self.args.resume != "auto":
-            print(f"continuing this run's own {own.name} instead of {self.args.resume}", file=sys.stderr)
-        if own is not None or self.args.resume == "auto":
+        if own is not None and self.settings.resume != "auto":
+            print(f"continuing this run's own {own.name} instead of {self.settings.resume}", file=sys.stderr)
+        if own is not None or self.settings.resume == "auto":
             return own
-        path = Path(self.args.resume)
+        path = Path(self.settings.resume)
         checkpoint = read_checkpoint(path)
         learned = [name for part in self.parts for name in part.names[: 3 if part.ema is not None else 2]]
         missing = [key for key in (*learned, "steps", "metrics", "config") if key not in checkpoint]
@@ -169,25 +242,29 @@ class TrainingRun:
                             "--epochs, or use --init-from to start from its weights alone.")  # fmt: skip
         if not is_complete(path):
             raise UserError(f"{path} is damaged; copy it again.")
-        different = [key for key, value in self.config.items() if checkpoint["config"].get(key, value) != value]
-        if different:
-            key = different[0]
-            raise UserError(f"{path} was trained with {key} {checkpoint['config'][key]}, this run has "
-                            f"{self.config[key]}; give the same settings, or use --init-from.")  # fmt: skip
+        remedy = "give the same settings, or use --init-from"
+        refuse_differences(f"{path} was trained", json_values(checkpoint["config"]), json_values(self.config), remedy)
         return path
 
-    def _agree(self, steps_done: int) -> tuple[bool, bool]:
-        """Whether any rank wants to (save, stop) now."""
+    def _agree(self, steps_done: int) -> tuple[bool, bool, bool]:
+        """Whether any rank wants to (save, stop, log) now."""
         if steps_done % self._agree_every:
-            return False, False
-        minutes = (time.monotonic() - self._last_save) / 60
-        due = self.world.is_main and 0 < self.args.ckpt_minutes <= minutes
-        wishes = torch.tensor([self._save_asked or due, self._stop_asked], dtype=torch.int32)
-        save, stop = self.world.sum(wishes).tolist()
-        return bool(save), bool(stop)
+            return False, False, False
+        interval = min(self.settings.ckpt_minutes, max(FIRST_SAVE, (self._last_save - self._started) / 60))
+        now = time.monotonic()
+        due = self.world.is_main and 0 < interval <= (now - self._last_save) / 60
+        log = self.world.is_main and not self._logged_regularly and now - self._last_log > EARLY_ROW
+        wishes = torch.tensor([self._save_asked or due, self._stop_asked, log], dtype=torch.int32)
+        save, stop, log = self.world.sum(wishes).tolist()
+        return bool(save), bool(stop), bool(log)
+
+    def _loggers(self) -> list[Logger]:
+        folder = self.folder.path
+        wanted = [TensorBoardLogger(folder)] if self.settings.tensorboard else []
+        return wanted + ([WandbLogger(folder, self.args)] if self.settings.wandb else [])
 
     def _stop_if_diverged(self, skipped: int) -> None:
-        if skipped >= self.args.max_skipped_steps:
+        if skipped >= self.settings.max_skipped_steps:
             raise UserError(
                 f"the gradients of {skipped} steps in a row were not finite; use --mixed-precision bf16, lower --lr or "
                 f"lengthen --warmup-epochs, in a new --run-name (--resume {self.folder.checkpoints}/… continues an "
@@ -207,15 +284,3 @@ class TrainingRun:
 
     def _on_save(self, *_) -> None:
         self._save_asked = True
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name in ("log_every", "ckpt_every", "max_skipped_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    if args.keep_last < 2:
-        raise UserError(
-            f"--keep-last must be at least 2 (the newest may be the one being written), got {args.keep_last}."
-        )
-    if args.no_local_save and not args.cloud_save_path:
-        raise UserError("--no-local-save needs --cloud-save-path, or the run would be saved nowhere.")

@@ -1,7 +1,9 @@
 """What a training checkpoint holds: full, unsharded state that any number of processes, DDP or FSDP, can load."""
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from utils.distributed import World
+from utils.settings import recipe, settings
 
 
 @dataclass
@@ -27,18 +30,52 @@ class Trained:
     ema: "EMA | None" = None
     names: tuple[str, str, str] = ("model", "optimizer", "ema")
 
+    def averaged(self) -> AbstractContextManager:
+        """The weights that later programs will take, in place: the averages where they are kept, else the raw ones."""
+        return self.ema.in_place() if self.ema is not None else nullcontext()
+
+
+@settings("averaged weights")
+class EMASettings:
+    ema: bool = recipe(False, "keep an exponential moving average (EMA) of the weights")
+    ema_decay: float = recipe(
+        0.9999, "EMA decay per step n, after a warm-up: min(decay, (1 + n) / (10 + n))", at_least=0, below=1
+    )
+
+    def of(self, module: nn.Module) -> "EMA | None":
+        return EMA(module, self.ema_decay) if self.ema else None
+
 
 class EMA:
-    """Exponential moving average of a module's parameters: one fused operation a step, sharded where they are."""
+    """Exponential moving average of a module's parameters: one fused operation per step, sharded where they are."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.updates = decay, 0
         self.parameters = list(module.parameters())
         self.averages = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - self.decay)
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - self._decay_at(self.updates))
+        self.updates += 1
+
+    def _decay_at(self, update: int) -> float:
+        """Without a warm-up a short training would leave the average at its random beginning."""
+        return min(self.decay, (1 + update) / (10 + update))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The averages as the module's parameters, to validate or save them."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @property
+    def share_of_beginning(self) -> float:
+        """How much of the average is still what the weights were before the first step."""
+        return math.prod(self._decay_at(update) for update in range(self.updates))
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -74,12 +111,8 @@ def capture_state(parts: Iterable[Trained], world: World) -> dict:
 
 def full_model_state(part: Trained, world: World) -> dict[str, torch.Tensor]:
     """A copy on the CPU of the averaged weights, or of the raw ones where no average is kept; as `capture_state`."""
-    if part.ema is not None:
-        part.ema.swap()
-    state = _copied(get_model_state_dict(part.module, options=_full(part.module)), world)
-    if part.ema is not None:
-        part.ema.swap()
-    return state
+    with part.averaged():
+        return _copied(get_model_state_dict(part.module, options=_full(part.module)), world)
 
 
 def restore_state(parts: Iterable[Trained], state: dict, world: World) -> None:

@@ -1,0 +1,42 @@
+"""What stands before the image: a class label, or any sequence of vectors.
+
+A conditioning of your own (docs/extending.md) is a module with `length` and `forward` like `LabelEmbedder`'s.
+"""
+
+import torch
+from torch import nn
+
+
+class Conditioning(nn.Module):
+    """Turns what is known of each image into the `length` vectors that precede its codes."""
+
+    length = 1
+
+    def forward(self, cond: torch.Tensor, dropped: torch.Tensor | None = None) -> torch.Tensor:
+        """Vectors `(B, length, D)` of `cond` `(B, …)`.
+
+        Images where `dropped` `(B,)` bool is true get the null condition that classifier-free guidance contrasts with.
+        """
+        raise NotImplementedError
+
+    def check(self, cond: torch.Tensor) -> None:
+        """Raise `ValueError` for conditions that the model does not know."""
+
+
+class LabelEmbedder(Conditioning):
+    """Class labels `(B,)` int64 to one vector each; the null class, where there is one, is index `num_classes`."""
+
+    def __init__(self, args):
+        super().__init__()
+        if args.cls_token_num != 1:
+            raise ValueError("a class label stands at one position: cls_token_num must be 1")
+        self.num_classes = args.num_classes
+        self.embedding_table = nn.Embedding(args.num_classes + (args.class_dropout_prob > 0), args.dim)
+
+    def forward(self, cond: torch.Tensor, dropped: torch.Tensor | None = None) -> torch.Tensor:
+        labels = cond if dropped is None else torch.where(dropped, self.num_classes, cond)
+        return self.embedding_table(labels).unsqueeze(1)
+
+    def check(self, cond: torch.Tensor) -> None:
+        if cond.min() < 0 or cond.max() >= self.embedding_table.num_embeddings:
+            raise ValueError(f"labels must lie in 0..{self.num_classes - 1}")

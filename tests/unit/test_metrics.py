@@ -1,0 +1,101 @@
+"""The log of a run: rows, and the loggers beside `metrics.jsonl`."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from tests.tiny_training import command, rows, tiny_store, train
+from utils.distributed import World
+from utils.engine.metrics import Metrics
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class Recorder:
+    def __init__(self):
+        self.rows, self.closed = [], False
+
+    def write(self, step, values):
+        self.rows.append((step, values))
+
+    def close(self):
+        self.closed = True
+
+
+def test_every_logger_gets_the_numbers_of_every_row(tmp_path):
+    loggers = [Recorder(), Recorder()]
+    metrics = Metrics(tmp_path / "metrics.jsonl", ALONE, 10, loggers)
+    metrics.write(3, {"loss": 2.0, "note": "text", "norm": float("inf")})
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 3,
+        "loss": 2.0,
+        "note": "text",
+        "norm": None,
+    }
+    for logger in loggers:
+        assert logger.rows == [(3, {"loss": 2.0, "norm": float("inf")})]
+        assert logger.closed
+
+
+def test_an_early_row_leaves_the_next_one_as_it_would_be(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl", ALONE, 10)
+    metrics.add(loss=torch.tensor(1.0))
+    assert metrics.row(start_anew=False)["loss"] == 1
+    metrics.add(loss=torch.tensor(2.0))
+    assert metrics.row()["loss"] == 1.5
+    metrics.add(loss=torch.tensor(7.0))
+    assert metrics.row()["loss"] == 7
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """Stands in for the package: what is asked of it goes into a file, as training is a process of its own."""
+    calls = tmp_path / "calls"
+
+    def note(name, /, **values):
+        with open(calls, "a") as file:
+            file.write(json.dumps([name, values], default=str) + "\n")
+
+    run = types.SimpleNamespace(
+        define_metric=lambda name, step_metric: note("define", name=name, by=step_metric),
+        log=lambda values: note("log", **values),
+        finish=lambda: note("finish"),
+    )
+    module = types.ModuleType("wandb")
+    module.init = lambda **values: note("init", **values) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return lambda: [json.loads(line) for line in calls.read_text().splitlines()]
+
+
+def test_weights_and_biases_beside_tensorboard(wandb, tmp_path):
+    codes = tiny_store(tmp_path / "codes")
+    arguments = command(codes, tmp_path, "--wandb", "--tensorboard")
+    assert train(arguments) == [0]
+    assert train(arguments) == [0]  # continues the same run
+    names = [name for name, _ in wandb()]
+    assert names == ["init", "define", *["log"] * 6, "finish", "init", "define", "finish"]
+    first, second = (values for name, values in wandb() if name == "init")
+    assert first["id"] == second["id"] == (tmp_path / "run/wandb-id").read_text()
+    assert (first["resume"], first["name"], first["dir"]) == ("allow", "run", str(tmp_path / "run"))
+    assert first["config"]["epochs"] == 4
+    logged = [values for name, values in wandb() if name == "log"]
+    assert [values["step"] for values in logged] == [2, 4, 6, 8, 10, 12]
+    assert [values["lr"] for values in logged] == [row["lr"] for row in rows(tmp_path)]
+    assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_package_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    codes = tiny_store(tmp_path / "codes")
+    assert train(command(codes, tmp_path, "--wandb"), output=tmp_path / "log") == [2]
+    assert "--wandb needs the package wandb; install it (pip install wandb)" in (tmp_path / "log").read_text()
+
+
+def test_only_the_main_rank_logs(wandb, tmp_path):
+    codes = tiny_store(tmp_path / "codes")
+    assert train(command(codes, tmp_path, "--wandb"), 2) == [0, 0]
+    assert [name for name, _ in wandb()].count("init") == 1
