@@ -12,9 +12,17 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def golden_args(**settings) -> ModelArgs:
     defaults = dict(
-        n_layer=3, n_head=4, dim=64, vocab_size=96, block_size=64, num_classes=10, multiple_of=32,
-        token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0,
-    )  # fmt: skip
+        n_layer=3,
+        n_head=4,
+        dim=64,
+        vocab_size=96,
+        block_size=64,
+        num_classes=10,
+        multiple_of=32,
+        token_dropout_p=0.0,
+        resid_dropout_p=0.0,
+        ffn_dropout_p=0.0,
+    )
     return ModelArgs(**defaults | settings)
 
 

@@ -31,10 +31,15 @@ def write_models(folder: Path) -> None:
     torch.nn.init.normal_(gpt.output.weight, std=0.3)
     state = gpt.state_dict()
     config = {
-        "gpt_model": "GPT-Tiny", "image_size": PIXELS, "downsample_size": 4, "grid": list(GRID),
-        "num_classes": CLASSES, "vocab_size": CODEBOOK, "class_names": [f"digit {i}" for i in range(CLASSES)],
+        "gpt_model": "GPT-Tiny",
+        "image_size": PIXELS,
+        "downsample_size": 4,
+        "grid": list(GRID),
+        "num_classes": CLASSES,
+        "vocab_size": CODEBOOK,
+        "class_names": [f"digit {i}" for i in range(CLASSES)],
         "tokenizer": {"name": "VQ-Tiny", "hash": sha256(folder / "vq.pt"), "weights": "raw"},
-    }  # fmt: skip
+    }
     torch.save({"model": state, "steps": 7, "config": config}, folder / "c2i_B_256.pt")
     torch.save(state, folder / "bare.pt")
 
@@ -42,10 +47,17 @@ def write_models(folder: Path) -> None:
 def flags(folder: Path, checkpoint: str = "c2i_B_256.pt", **changes) -> list[str]:
     """The samplers' command line for these models; `changes` by flag name, `None` to leave one out."""
     values = {
-        "gpt-model": "GPT-Tiny", "gpt-ckpt": folder / checkpoint, "vq-model": "VQ-Tiny", "vq-ckpt": folder / "vq.pt",
-        "codebook-size": CODEBOOK, "codebook-embed-dim": 4, "image-size": PIXELS, "downsample-size": 4,
-        "num-classes": CLASSES, "cfg-scale": 2.0,
-    } | {name.replace("_", "-"): value for name, value in changes.items()}  # fmt: skip
+        "gpt-model": "GPT-Tiny",
+        "gpt-ckpt": folder / checkpoint,
+        "vq-model": "VQ-Tiny",
+        "vq-ckpt": folder / "vq.pt",
+        "codebook-size": CODEBOOK,
+        "codebook-embed-dim": 4,
+        "image-size": PIXELS,
+        "downsample-size": 4,
+        "num-classes": CLASSES,
+        "cfg-scale": 2.0,
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
     line = []
     for name, value in values.items():
         line += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -76,8 +88,13 @@ def run_sampler(arguments: list[str], output: Path, world_size: int = 1) -> str:
 
 def _run_sampler(arguments: list[str], output: Path, rank: int, world_size: int, port: int) -> None:
     if world_size > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

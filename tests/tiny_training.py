@@ -14,10 +14,21 @@ from tests.stores import make_store
 from utils.engine import run as training_run
 
 COMMAND = {  # 24 images, batch 8: 3 steps an epoch; level 1 is steps 0-5, level 2 steps 6-11
-    "--dataset": "tiny_code", "--image-size": 16, "--downsample-size": 4, "--vocab-size": 64, "--num-classes": 4,
-    "--gpt-model": "GPT-Tiny", "--epochs": 4, "--global-batch-size": 8, "--warmup-epochs": 1, "--lr": 1e-3,
-    "--mixed-precision": "none", "--log-every": 2, "--ckpt-every": 3, "--run-name": "run",
-}  # fmt: skip
+    "--dataset": "tiny_code",
+    "--image-size": 16,
+    "--downsample-size": 4,
+    "--vocab-size": 64,
+    "--num-classes": 4,
+    "--gpt-model": "GPT-Tiny",
+    "--epochs": 4,
+    "--global-batch-size": 8,
+    "--warmup-epochs": 1,
+    "--lr": 1e-3,
+    "--mixed-precision": "none",
+    "--log-every": 2,
+    "--ckpt-every": 3,
+    "--run-name": "run",
+}
 NO_DROPOUT = {"--dropout-p": 0, "--token-dropout-p": 0, "--class-dropout-p": 0}
 
 

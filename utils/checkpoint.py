@@ -78,8 +78,10 @@ def load_strict(model: nn.Module, state: dict[str, torch.Tensor], path: str | Pa
     unknown = sorted(state.keys() - own.keys())
     shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if missing or unknown or shapes:
-        differences = [f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} in the model"
-                       for name in sorted(shapes)[:1]]  # fmt: skip
+        differences = [
+            f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} in the model"
+            for name in sorted(shapes)[:1]
+        ]
         differences += [f"{len(missing)} tensors are missing, such as {missing[0]}"] if missing else []
         differences += [f"{len(unknown)} are unknown, such as {unknown[0]}"] if unknown else []
         raise UserError(f"{path} does not fit this model: {'; '.join(differences)}; {remedy}")

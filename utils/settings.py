@@ -76,8 +76,11 @@ class Meaning:
     def range(self) -> str:
         """Such as `at least 0 and below 1`."""
         bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
-        return " and ".join(f"{word} {bound:g}" if abs(bound) < 1e6 else f"{word} {bound}"
-                            for word, bound in bounds if bound is not None)  # fmt: skip
+        return " and ".join(
+            f"{word} {bound:g}" if abs(bound) < 1e6 else f"{word} {bound}"
+            for word, bound in bounds
+            if bound is not None
+        )
 
 
 def recipe(default: Any, help: str, **more: Any) -> Any:

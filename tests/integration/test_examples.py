@@ -122,8 +122,13 @@ def test_a_sampler(tokenizer, codes, tmp_path, monkeypatch):
     args = ModelArgs(n_layer=1, n_head=2, dim=32, vocab_size=64, block_size=16, num_classes=4)
     model = Transformer(args)
     torch.nn.init.normal_(model.output.weight, std=0.02)
-    torch.save({"model": model.state_dict(), "config": {"model": vars(args), "image_size": 16, "downsample_size": 4,
-                "gpt_model": "GPT-Tiny"}}, tmp_path / "gpt.pt")  # fmt: skip
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "config": {"model": vars(args), "image_size": 16, "downsample_size": 4, "gpt_model": "GPT-Tiny"},
+        },
+        tmp_path / "gpt.pt",
+    )
     pictures = {}
     for name, sampler in (("plain", None), ("min_p", "min_p(threshold=1.0)"), ("again", "min_p(threshold=1.0)")):
         flags = tokenizer | {"--gpt-ckpt": tmp_path / "gpt.pt", "--output": tmp_path / f"{name}.png", "--classes": 1}

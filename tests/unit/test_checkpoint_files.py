@@ -108,8 +108,16 @@ def test_files_of_a_killed_writer_are_swept(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 99,
-                                    lambda b: b[:900] + b"\xff\xfe" + b[902:]])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-1],
+        lambda b: b[: len(b) // 2],
+        lambda b: b"",
+        lambda b: b"x" * 99,
+        lambda b: b[:900] + b"\xff\xfe" + b[902:],
+    ],
+)
 def test_damage_is_seen(damage, tmp_path, capsys):
     write(tmp_path, 1, 2)
     newest = tmp_path / "0000002.pt"

@@ -1,4 +1,4 @@
-"""A run's checkpoint files: written behind the training's back, complete or absent, pruned, and found again."""
+"""A run's checkpoint files: written asynchronously, complete or absent, pruned, and found again."""
 
 import os
 import shutil
@@ -46,9 +46,9 @@ def newest_complete(folder: Path) -> Path | None:
 class CheckpointWriter:
     """Writes checkpoints in a background thread, one at a time, and removes the ones no longer wanted.
 
-    `last.pt` leads to the newest. Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps for
-    which `keep_forever` is true. `mirrors` are further folders that get a copy. A full disk warns and training goes on
-    with the last good file.
+    `last.pt` is a symlink to the newest. Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps
+    for which `keep_forever` is true. `mirrors` are further folders that get a copy. A full disk warns and training
+    goes on with the last good file.
     """
 
     def __init__(
@@ -118,8 +118,11 @@ class CheckpointWriter:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise  # only that is how torch.save reports a failed write
             reason = str(error).splitlines()[0]
-            print(f"warning: {path} could not be written ({reason}); training goes on, the last good checkpoint stays; "
-                  "free some space there.", file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: {path} could not be written ({reason}); training goes on, the last good checkpoint stays; "
+                "free some space there.",
+                file=sys.stderr,
+            )
             return False
 
     def _prune(self, folder: Path) -> None:
@@ -131,7 +134,7 @@ class CheckpointWriter:
 
 
 def _point_last_at(path: Path) -> None:
-    """`last.pt` beside the checkpoints always leads to the newest one."""
+    """`last.pt` beside the checkpoints is always a symlink to the newest one."""
     link = path.with_name(f".last.pt.{os.getpid()}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)

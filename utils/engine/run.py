@@ -212,8 +212,9 @@ class TrainingRun:
         if not self._is_written(path):
             self.save(steps_done)  # once more
         if not self._is_written(path):
-            raise UserError(f"the last checkpoint {path} could not be written; free some space and run the same "
-                            "command again.")  # fmt: skip
+            raise UserError(
+                f"the last checkpoint {path} could not be written; free some space and run the same command again."
+            )
         return path
 
     def _is_written(self, path: Path) -> bool:
@@ -224,8 +225,10 @@ class TrainingRun:
     def _checkpoint_to_resume(self) -> Path | None:
         own = newest_complete(self.folder.checkpoints)
         if own is None and saved_steps(self.folder.checkpoints):
-            raise UserError(f"every checkpoint in {self.folder.checkpoints} is damaged; remove them to start anew, "
-                            "or copy a good one there.")  # fmt: skip
+            raise UserError(
+                f"every checkpoint in {self.folder.checkpoints} is damaged; remove them to start anew, "
+                "or copy a good one there."
+            )
         if own is not None and self.settings.resume != "auto":
             print(f"continuing this run's own {own.name} instead of {self.settings.resume}", file=sys.stderr)
         if own is not None or self.settings.resume == "auto":
@@ -235,11 +238,15 @@ class TrainingRun:
         learned = [name for part in self.parts for name in part.names[: 3 if part.ema is not None else 2]]
         missing = [key for key in (*learned, "steps", "metrics", "config") if key not in checkpoint]
         if missing:
-            raise UserError(f"{path} holds no {missing[0]}, so training cannot continue from it; "
-                            "to start from its weights alone use --init-from.")  # fmt: skip
+            raise UserError(
+                f"{path} holds no {missing[0]}, so training cannot continue from it; "
+                "to start from its weights alone use --init-from."
+            )
         if checkpoint["steps"] >= self.total_steps:
-            raise UserError(f"{path} has {checkpoint['steps']:,} steps, this run ends at {self.total_steps:,}; raise "
-                            "--epochs, or use --init-from to start from its weights alone.")  # fmt: skip
+            raise UserError(
+                f"{path} has {checkpoint['steps']:,} steps, this run ends at {self.total_steps:,}; raise "
+                "--epochs, or use --init-from to start from its weights alone."
+            )
         if not is_complete(path):
             raise UserError(f"{path} is damaged; copy it again.")
         remedy = "give the same settings, or use --init-from"
