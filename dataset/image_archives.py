@@ -115,20 +115,26 @@ def _with_classes(archive: Path, extensions: tuple[str, ...]) -> Iterator[tuple[
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{archive} is damaged or no {archive.suffix} ({error}); copy it again.") from error
     classes = {
-        place.name.partition(".")[0]: place.open().read().decode(errors="replace").strip()
+        _key(place.name): place.open().read().decode(errors="replace").strip()
         for place in members
-        if place.name.endswith(".cls") and "/" not in place.name
+        if place.name.endswith(".cls")
     }
     for place in members:
         name = place.name
         if not name.lower().endswith(extensions):
             continue
-        by_file = "/" not in name
-        if by_file and not classes.get(name.partition(".")[0]):
+        by_file = _key(name) in classes or "/" not in name
+        if by_file and not classes.get(_key(name)):
             raise UserError(
                 f"{name} in {archive} has no class; images lie in a folder per class, or have a .cls file beside them."
             )
-        yield f"{classes[name.partition('.')[0]]}/{name}" if by_file else name, place, by_file
+        yield f"{classes[_key(name)]}/{name}" if by_file else name, place, by_file
+
+
+def _key(name: str) -> str:
+    """What the files of one sample share in WebDataset: the path up to the first point of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def _members(archive: Path) -> Iterator[ArchivedImage]:

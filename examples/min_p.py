@@ -14,7 +14,7 @@ def min_p(
     """Codes `(B,)` from guided logits `(B, V)`, leaving out those less likely than `threshold` times the likeliest.
 
     `uniforms` `(B,)` in [0, 1) is the randomness that belongs to each image at this place; whatever else is random
-    would make images depend on the batch. `position` `(1,)` is the place of the code in the image, a tensor: the
+    would make images depend on the batch. `position` is the place of the code in the image, `(1, 1)` or `(B, 1)`: the
     function is part of a CUDA graph and must not wait for it.
     """
     logits = logits * (1 + cooling * position)

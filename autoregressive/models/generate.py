@@ -184,6 +184,7 @@ class CodeGenerator:
             cond = torch.cat([cond, cond])
             dropped = torch.arange(len(cond), device=self.device) >= self.batch_size
         condition = self.model.cls_embedding(cond, dropped).to(self.x.dtype)  # (R, C, D)
+        self.model.check_condition(condition)
         if self.before:
             self._prefill(condition[:, :-1])
         self.x.copy_(condition[:, -1])

@@ -234,6 +234,7 @@ class Transformer(nn.Module):
         if idx.shape[1] != self.args.block_size:
             raise ValueError(f"expected {self.args.block_size} codes per image, got {idx.shape[1]}")
         condition = self.cls_embedding(cond_idx, self._dropped_conditions(idx))  # (B, cls_token_num, D)
+        self.check_condition(condition)
         patches = patch_embeddings(self.tok_embeddings(patch_codes(idx, self.args.grid, patch_side)))  # (B, N, D)
         x = self.tok_dropout(torch.cat([condition, patches[:, :-1]], dim=1))
         rope = getattr(self, f"rope_{patch_side}")[: x.shape[1]]
@@ -250,6 +251,14 @@ class Transformer(nn.Module):
     def head_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of `targets` `(B, N, k)` from the last layer's output `(B, N, D)`."""
         return self.loss(self.norm(x), self.output.weight, targets)
+
+    def check_condition(self, condition: torch.Tensor) -> None:
+        """Raise `ValueError` unless the conditioning gave as many vectors as the rotary tables have rows for."""
+        if condition.shape[1] != self.args.cls_token_num:
+            raise ValueError(
+                f"the conditioning gives {condition.shape[1]} vectors per image, cls_token_num is "
+                f"{self.args.cls_token_num}"
+            )
 
     def _dropped_conditions(self, idx: torch.Tensor) -> torch.Tensor | None:
         """In training, `(B,)` bool: which images learn the null condition of classifier-free guidance."""

@@ -16,7 +16,7 @@ from autoregressive.models.sampling import Sampling
 from dataset.conditions import conditions_identity, open_conditions, rows_of
 from tokenizer.base import ImageTokenizer
 from tokenizer.tokenizer_image.load import TokenizerInfo, TokenizerSettings, build_tokenizer
-from tokenizer.tokenizer_image.vq_model import to_uint8
+from tokenizer.tokenizer_image.vq_model import VQModel, to_uint8
 from utils.component import identities, load_component
 from utils.files import sha256
 from utils.precision import DTYPES, PRECISIONS, forbid_tf32
@@ -134,6 +134,8 @@ class Pipeline:
             "gpt_steps": gpt.steps,
             "tokenizer_sha256": tokenizer.sha256,
         }
+        if self.device.type != "cpu" or self.compile or self.precision != "none":  # rounding may then differ
+            settled |= {"parallel": self.parallel, "compile": self.compile}
         settled |= identities(conditioning=self._given[0].conditioning)
         if self.conditions is not None:
             settled["conditions"] = conditions_identity(self.conditions)
@@ -150,7 +152,7 @@ class Pipeline:
 
     def _prepare_decoder(self):
         tokenizer, dtype = self.tokenizer, self.dtype
-        if not hasattr(tokenizer, "decoder"):  # one of the user's own, whose parts are not known
+        if not isinstance(tokenizer, VQModel):  # one of the user's own, whose parts are not known
             return tokenizer.decode_indices
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         for part in (tokenizer.post_quant_conv, tokenizer.decoder):  # the codebook stays in float32

@@ -116,6 +116,10 @@ class TrainSettings:
             raise UserError("--gpt-ckpt and --resume mean the same; give one of them.")
         if self.gpt.init_classes is not None and self.gpt.init_from is None:
             raise UserError("--init-classes names classes of the weights that --init-from gives; give both.")
+        if self.gpt.body_lr_share == 0 and self.gpt.init_from is None:
+            raise UserError("--body-lr-share 0 keeps the body as it is, which needs trained weights: give --init-from.")
+        if self.data.conditions is not None and self.gpt.conditioning is None:
+            raise UserError("--conditions are for a --conditioning that takes them; give it, or leave them out.")
         if self.gpt.conditioning is None and self.model.cls_token_num != 1:
             raise UserError("a class label stands at one position; --cls-token-num above 1 needs a --conditioning.")
         if self.machine.parallel == "fsdp" and self.step.mixed_precision == "fp16":

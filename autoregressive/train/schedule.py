@@ -94,6 +94,8 @@ def own_schedule(
 
     Raises `ValueError` for a side that does not tile the `(height, width)` grid.
     """
+    if steps_per_epoch < 1:
+        raise ValueError("the data must hold at least one batch; lower --global-batch-size")
     total = epochs * steps_per_epoch
     sides = np.array([side_at(step, total) for step in range(total)], dtype=np.int64)
     for side in np.unique(sides):

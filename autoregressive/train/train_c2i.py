@@ -25,6 +25,7 @@ from utils.engine.parallel import autocast, bare, distribute, sync_gradients
 from utils.engine.run import TrainingRun
 from utils.engine.state import Trained, seed_step
 from utils.engine.step import apply_gradients, make_adamw, set_learning_rate
+from utils.files import sha256
 from utils.program import UserError, run
 from utils.settings import parse
 
@@ -189,6 +190,8 @@ def data_identity(chosen: TrainSettings, dataset: CodeDataset) -> dict:
         for store in dataset.stores
     ]
     found = {"codes": codes} | {flag[2:]: component.identity for flag, component in chosen.components.items()}
+    if chosen.gpt.init_from:
+        found["init_from"] = f"sha256 {sha256(find_weights(chosen.gpt.init_from))}"
     if dataset.conditions is not None:
         found["conditions"] = conditions_identity(dataset.conditions)
     return found

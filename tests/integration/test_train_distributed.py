@@ -89,3 +89,14 @@ def test_resume_in_the_same_world_is_bit_exact_with_dropout(parallel, codes, tmp
     for key in ("model", "optimizer", "metrics"):
         assert_same_state(last_checkpoint(parts)[key], last_checkpoint(whole)[key], key)
     assert rows(parts) == rows(whole)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_validating_the_averages_leaves_the_training_as_it_is(parallel, codes, tmp_path):
+    """Under FSDP a pass without gradients leaves the root gathered: the next step must not find the averages there."""
+    flags = ["--ema", "--parallel", parallel]
+    assert train(command(codes, tmp_path / "plain", *flags, no=NO_DROPOUT), 2) == [0, 0]
+    watching = NO_DROPOUT | {"--val-code-path": codes, "--val-every": 2}
+    assert train(command(codes, tmp_path / "watched", *flags, no=watching), 2) == [0, 0]
+    for key in ("model", "ema", "optimizer"):
+        assert_same_state(last_checkpoint(tmp_path / "watched")[key], last_checkpoint(tmp_path / "plain")[key], key)

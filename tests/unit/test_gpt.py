@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from autoregressive.models import losses
+from autoregressive.models.conditioning import LabelEmbedder
 from autoregressive.models.gpt import DropPath, GPT_models, ModelArgs, Transformer, causal_attention
 from autoregressive.models.losses import patch_loss, plain_patch_loss
 from autoregressive.models.patch import check_patch_side, patch_codes
@@ -192,3 +193,12 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 def test_unusable_settings_are_refused(settings):
     with pytest.raises(ValueError):
         Transformer(golden_args(**settings))
+
+
+def test_a_conditioning_of_another_length_than_the_settings_say_is_refused():
+    class Two(LabelEmbedder):
+        def forward(self, cond, dropped=None):
+            return super().forward(cond, dropped).expand(-1, 2, -1)
+
+    with pytest.raises(ValueError, match="gives 2 vectors per image, cls_token_num is 1"):
+        Transformer(golden_args(), conditioning=Two)(CODES, LABELS)

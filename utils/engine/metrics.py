@@ -81,7 +81,7 @@ class Metrics:
         self._bar.update(step - self._bar.n)
         if state:
             self._sums = {name: value.to(self.world.device) for name, value in state["sums"][self.world.rank].items()}
-            self._counts = dict(state["counts"])
+            self._counts = dict(state.get("counts") or dict.fromkeys(self._sums, state.get("steps")))
         if self.world.is_main and self.path.exists():
             rows = [line for line in self.path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
             with open(self.path.with_suffix(".tmp"), "w") as file:

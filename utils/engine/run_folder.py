@@ -64,7 +64,10 @@ def open_run_folder(path: Path, recipe: dict, defaults: dict, config: dict, worl
                 print(f"{path} had come to the end of --{RAISABLE} {stored[RAISABLE]}; going on to {recipe[RAISABLE]}")
                 stored[RAISABLE] = recipe[RAISABLE]
             remedy = "give the same settings to continue it, or another --run-name to start a new run"
-            refuse_differences(f"the run folder {path} was trained", stored, json_values(recipe), remedy)
+            there, here = (
+                dict.fromkeys(stored.keys() | recipe.keys()) | side for side in (stored, json_values(recipe))
+            )
+            refuse_differences(f"the run folder {path} was trained", there, here, remedy)
         folder.checkpoints.mkdir(exist_ok=True)
         write_json(config_file, {"recipe": recipe, **config, "finished": folder.finished})
     folder.finished = world.broadcast(folder.finished)

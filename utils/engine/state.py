@@ -50,7 +50,7 @@ class EMA:
     """Exponential moving average of a module's parameters: one fused operation per step, sharded where they are."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
+        self.module, self.decay, self.updates = module, decay, 0
         self.parameters = list(module.parameters())
         self.averages = [p.detach().clone() for p in self.parameters]
 
@@ -80,6 +80,8 @@ class EMA:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange averages and parameters in place: once to evaluate or save the averages, again to go on."""
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()  # after a pass without gradients the root would go on with what it had gathered
         for average, parameter in zip(self.averages, self.parameters, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
