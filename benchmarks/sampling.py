@@ -23,20 +23,18 @@ from autoregressive.models.packed_linear import pack_linears
 from autoregressive.models.sampling import Sampling
 from utils.precision import DTYPES, PRECISIONS
 from utils.program import UserError, run
-from utils.settings import parse, setting, settings
+from utils.settings import option, parse, recipe, settings
 
 TOKENS_PER_TURN = 16
 
 
 @settings("sampling benchmark")
 class BenchmarkSettings:
-    models: tuple[str, ...] = setting(("GPT-B",), "sizes of the GPT", changes_result=True, choices=GPT_models)
-    batch_sizes: tuple[int, ...] = setting((8,), "images at once", changes_result=True, at_least=1)
-    image_size: int = setting(256, "pixels per side", changes_result=True, at_least=16)
-    precision: str | None = setting(
-        None, "number format (default: bf16 on GPUs, none on CPUs)", changes_result=True, choices=PRECISIONS
-    )
-    rounds: int = setting(1, "batches of each kind, of which the fastest counts", changes_result=False, at_least=1)
+    models: tuple[str, ...] = recipe(("GPT-B",), "sizes of the GPT", choices=GPT_models)
+    batch_sizes: tuple[int, ...] = recipe((8,), "images at once", at_least=1)
+    image_size: int = recipe(256, "pixels per side", at_least=16)
+    precision: str | None = recipe(None, "number format (default: bf16 on GPUs, none on CPUs)", choices=PRECISIONS)
+    rounds: int = option(1, "batches of each kind, of which the fastest counts", at_least=1)
 
     @property
     def dtype(self) -> torch.dtype:

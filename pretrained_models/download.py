@@ -14,15 +14,13 @@ from pretrained_models.catalogue import FOLDER, PUBLISHED, PublishedFile
 from utils.commands import command
 from utils.download import download as fetch
 from utils.program import UserError, run
-from utils.settings import parse, setting, settings
+from utils.settings import option, parse, settings
 
 
 @settings("published weights")
 class DownloadSettings:
-    names: tuple[str, ...] = setting(
-        (), "published names; without any, they are listed", flag="names", changes_result=False
-    )
-    folder: Path = setting(FOLDER, "where files go", changes_result=False)
+    names: tuple[str, ...] = option((), "published names; without any, they are listed", flag="names")
+    folder: Path = option(FOLDER, "where files go")
 
     def __post_init__(self):
         for name in self.names:

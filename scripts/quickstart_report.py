@@ -8,7 +8,7 @@ import numpy as np
 from autoregressive.sample.pictures import captioned_rows
 from utils.files import atomic_file, write_json
 from utils.program import run
-from utils.settings import REQUIRED, parse, setting, settings
+from utils.settings import REQUIRED, option, parse, settings
 
 COLUMNS, SCALE = 16, 2
 METRICS = {
@@ -22,8 +22,8 @@ METRICS = {
 
 @settings("quickstart")
 class ReportSettings:
-    folder: Path = setting(REQUIRED, "folder of the quickstart", flag="folder", changes_result=False)
-    samples: Path = setting(REQUIRED, "its samples, an .npz", flag="samples", changes_result=False)
+    folder: Path = option(REQUIRED, "folder of the quickstart", flag="folder")
+    samples: Path = option(REQUIRED, "its samples, an .npz", flag="samples")
 
 
 def main() -> None:

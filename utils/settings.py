@@ -102,10 +102,6 @@ def _field(default: Any, meaning: "Meaning") -> Any:
     return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
-def setting(default: Any, help: str, *, changes_result: bool, **more: Any) -> Any:
-    return (recipe if changes_result else option)(default, help, **more)
-
-
 @dataclass_transform(frozen_default=True, field_specifiers=(recipe, option))
 def settings(title: str):
     """Class decorator: a frozen dataclass whose every field is a `recipe`, an `option`, or settings again.

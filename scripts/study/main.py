@@ -17,26 +17,22 @@ from scripts.study.results import Results
 from scripts.study.shell import ROOT, Shell, clock
 from scripts.study.work import Worker
 from utils.program import run
-from utils.settings import REQUIRED, parse, setting, settings
+from utils.settings import REQUIRED, option, parse, recipe, settings
 
 
 @settings("study")
 class StudySettings:
-    declaration: Path = setting(REQUIRED, "TOML file that declares the study", changes_result=True, flag="declaration")
-    results: Path | None = setting(
-        None,
-        "folder of the results, kilobytes to be kept; default: named after the declaration, beside it",
-        changes_result=False,
+    declaration: Path = recipe(REQUIRED, "TOML file that declares the study", flag="declaration")
+    results: Path | None = option(
+        None, "folder of the results, kilobytes to be kept; default: named after the declaration, beside it"
     )
-    work: Path | None = setting(
-        None, "folder of codes, weights and samples; default: results/study-NAME in the checkout", changes_result=False
+    work: Path | None = option(
+        None, "folder of codes, weights and samples; default: results/study-NAME in the checkout"
     )
-    ablation: bool = setting(False, "also run the arms declared as optional", changes_result=False)
-    dry_run: bool = setting(False, "show the commands, what they cost, and stop", changes_result=False)
-    report: bool = setting(False, "only report what has been found so far", changes_result=False)
-    into: Path | None = setting(
-        None, "Markdown file that takes the report between the study's two marks", changes_result=False
-    )
+    ablation: bool = option(False, "also run the arms declared as optional")
+    dry_run: bool = option(False, "show the commands, what they cost, and stop")
+    report: bool = option(False, "only report what has been found so far")
+    into: Path | None = option(None, "Markdown file that takes the report between the study's two marks")
 
 
 def main() -> None:
