@@ -42,63 +42,39 @@ class Commands:
 
     def preparation(self) -> dict[str, Command]:
         """What all runs share, step by step: tokenizer and classifier learn from the training images alone."""
-        study, folder = self.study, self._folder
-        train, test = f"{folder}/train", f"{folder}/test"
-        reconstruct = self._vq | self._size | {"sample-dir": "$WORK/reconstructions"}
+        study, train, test = self.study, f"{self._folder}/train", f"{self._folder}/test"
+        sizes = {"train-images": study.data.train_images, "test-images": study.data.test_images}
+        judge = {"data-path": train, "val-data-path": test, "output": "$WORK/classifier.pt2"}
+        learn = {"data-path": train, "results-dir": "$WORK/tokenizer", "run-name": "tokenizer"}
         codes = self._vq | self._size | {"dataset": study.name} | study.codes
-        steps = {}
-        if study.data.embedded:
-            steps["data"] = [
-                "python",
-                "-m",
-                "dataset.embedded",
-                study.data.embedded,
-                *flags_of(
-                    {"output": folder, "train-images": study.data.train_images, "test-images": study.data.test_images}
-                ),
-            ]
-        return steps | {
+        extract = "autoregressive/extract_codes_c2i"
+        data = ["dataset.embedded", study.data.embedded, *flags_of({"output": self._folder} | sizes)]
+        return ({"data": ["python", "-m", *data]} if study.data.embedded else {}) | {
             "classifier": [
-                "python",
-                "-m",
-                "evaluations.c2i.train_classifier",
-                *flags_of(
-                    {"data-path": train, "val-data-path": test, "output": "$WORK/classifier.pt2"}
-                    | self._size
-                    | study.classifier
-                ),
+                *("python", "-m", "evaluations.c2i.train_classifier"),
+                *flags_of(judge | self._size | study.classifier),
             ],
-            "tokenizer": script(
-                "tokenizer/train_vq",
-                {"data-path": train, "results-dir": "$WORK/tokenizer", "run-name": "tokenizer"}
-                | self._size
-                | study.tokenizer,
-            ),
-            "codes": script(
-                "autoregressive/extract_codes_c2i", {"data-path": train, "code-path": "$WORK/codes"} | codes
-            ),
-            "held-out codes": script(
-                "autoregressive/extract_codes_c2i", {"data-path": test, "code-path": "$WORK/held_out_codes"} | codes
-            ),
-            "training images": script(
-                "tokenizer/reconstruction_vq",
-                {"data-path": train, "name": "train", "save-originals": True} | reconstruct,
-            ),
-            "held-out images": script(
-                "tokenizer/reconstruction_vq",
-                {"data-path": test, "name": "held-out", "save-originals": True} | reconstruct,
-            ),
+            "tokenizer": script("tokenizer/train_vq", learn | self._size | study.tokenizer),
+            "codes": script(extract, {"data-path": train, "code-path": "$WORK/codes"} | codes),
+            "held-out codes": script(extract, {"data-path": test, "code-path": "$WORK/held_out_codes"} | codes),
+            **self._yardsticks(train, test),
+        }
+
+    def _yardsticks(self, train: str, test: str) -> dict[str, Command]:
+        """Statistics of the training images, and the scores of real and of reconstructed held-out ones against them."""
+        reconstruct = self._vq | self._size | {"sample-dir": "$WORK/reconstructions"}
+        keep = {"save-stats": "$WORK/reference.npz", "features": "$WORK/classifier.pt2"}
+        keep |= {"keep-images": self.study.sampling.images}
+        both = {"training images": (train, "train"), "held-out images": (test, "held-out")}
+        return {
+            step: script(
+                "tokenizer/reconstruction_vq", {"data-path": path, "name": name, "save-originals": True} | reconstruct
+            )
+            for step, (path, name) in both.items()
+        } | {
             "reference": [
-                "python",
-                "evaluations/c2i/evaluator.py",
-                "$WORK/reconstructions/train-originals.npz",
-                *flags_of(
-                    {
-                        "save-stats": "$WORK/reference.npz",
-                        "features": "$WORK/classifier.pt2",
-                        "keep-images": study.sampling.images,
-                    }
-                ),
+                *("python", "evaluations/c2i/evaluator.py", "$WORK/reconstructions/train-originals.npz"),
+                *flags_of(keep),
             ],
             "scores of held-out images": self.evaluate("$WORK/reconstructions/held-out-originals.npz", "held-out"),
             "scores of reconstructions": self.evaluate("$WORK/reconstructions/held-out.npz", "reconstructions"),
