@@ -1,4 +1,4 @@
-"""The published weights by name, where they lie once downloaded, and starting from them."""
+"""What weights are called by: paths, published names, repositories of the hub; and starting from them."""
 
 import os
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from pretrained_models.hub import fetch_repository, may_be_repository
 from utils.checkpoint import load_strict, read_checkpoint, select_weights
 from utils.program import UserError
 
@@ -42,17 +43,29 @@ PUBLISHED = {
 
 
 def find_weights(name_or_path: str) -> Path:
-    """The file that a flag names: a path, or a published name that has been downloaded.
+    """What a flag names, for `read_checkpoint`: a file, or a folder in the hub's form.
 
-    Raises `UserError` saying how to download it, if it is a published name that has not been.
+    A path; a run folder, for its newest checkpoint; a published name that has been downloaded; or a repository of the
+    hub (pretrained_models/hub.py), which is fetched. Raises `UserError` saying how to download a published name that
+    has not been, and what is wrong with a repository.
     """
     path = Path(name_or_path)
-    if path.exists() or name_or_path.removeprefix("pretrained_models/") not in PUBLISHED:
-        return path  # whoever reads it says what is wrong with it
+    if (path / "checkpoints").is_dir():
+        return _newest_checkpoint(path)
     name = name_or_path.removeprefix("pretrained_models/")
+    if path.exists() or name not in PUBLISHED:
+        is_path = path.exists() or not may_be_repository(name_or_path)
+        return path if is_path else fetch_repository(name_or_path)  # whoever reads a path says what is wrong with it
     if not (FOLDER / name).exists():
         raise UserError(f"{name} has not been downloaded; run: bash scripts/download.sh {name}")
     return FOLDER / name
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    newest = run / "checkpoints" / "last.pt"
+    if not newest.exists():
+        raise UserError(f"the run in {run} has no checkpoint yet; wait for its first, or name another.")
+    return newest.resolve()  # the training may go on, and the next reader should find the same one
 
 
 def published_config(path: str | Path) -> dict:

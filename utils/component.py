@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,10 +46,11 @@ def is_component(text: str | None) -> bool:
     return text is not None and ":" in text
 
 
-def load_component(text: str, flag: str) -> Component:
+def load_component(text: str, flag: str, given: Sequence[str] | None = None) -> Component:
     """Import what `text` names. The file runs: it is the user's own, given on the command line.
 
-    Raises `UserError`, naming `flag`, if there is no such file or name, or if it does not take the keywords.
+    `given` names the arguments that the program itself passes by position. Raises `UserError`, naming `flag`, if there
+    is no such file or name, if it does not take the keywords, or (where `given` is known) needs more than it gets.
     """
     place, _, call = _split_before_call(text)
     name, keywords = _parse_call(call, text, flag)
@@ -58,6 +59,8 @@ def load_component(text: str, flag: str) -> Component:
     if not callable(found):
         raise UserError(f"{flag}: {place} defines no function or class {name}.")
     _check_keywords(found, keywords, text, flag)
+    if given is not None:
+        _check_arguments(found, given, keywords, text, flag)
     sha256 = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
     return Component(text, functools.partial(found, **keywords) if keywords else found, sha256)
 
@@ -71,6 +74,11 @@ def call_of(text: str, flag: str) -> str:
 def short_name(text: str) -> str:
     """For names of files: `NAME` of a component's spelling or identity, other text as it is."""
     return _split_before_call(text)[2].partition("(")[0].split()[0] if is_component(text) else text
+
+
+def placeless(identity: str) -> str:
+    """An identity without the folder of its file, which may have moved: name, keywords and hash say what it is."""
+    return identity.partition(".py:")[2] or identity
 
 
 def _split_before_call(text: str) -> tuple[str, str, str]:
@@ -120,3 +128,11 @@ def _check_keywords(found: Callable, keywords: dict[str, Any], text: str, flag: 
     unknown = [name for name in keywords if name not in parameters]
     if unknown:
         raise UserError(f"{flag} {text}: there is no parameter {unknown[0]}; it takes {', '.join(parameters)}.")
+
+
+def _check_arguments(found: Callable, given: Sequence[str], keywords: dict[str, Any], text: str, flag: str) -> None:
+    try:
+        inspect.signature(found).bind(*given, **keywords)
+    except TypeError as error:
+        takes = f"it is called with ({', '.join(given)})"
+        raise UserError(f"{flag} {text}: {error}; {takes}, and 'FILE.py:NAME(key=value)' gives it the rest.") from error

@@ -17,8 +17,16 @@ from autoregressive.models.conditioning import Conditioning, LabelEmbedder
 from autoregressive.models.gpt import GPT_SIZES, ModelArgs, Transformer, model_args
 from pretrained_models.catalogue import find_weights, published_config
 from tokenizer.tokenizer_image.load import TokenizerInfo
-from utils.checkpoint import WEIGHTS_CHOICES, load_strict, read_checkpoint, recorded_settings, select_weights
-from utils.component import load_component
+from utils.checkpoint import (
+    WEIGHTS_CHOICES,
+    converted_from,
+    fingerprint,
+    load_strict,
+    read_checkpoint,
+    recorded_settings,
+    select_weights,
+)
+from utils.component import load_component, placeless
 from utils.program import UserError
 from utils.settings import option, recipe, refuse_contradictions, settings
 
@@ -30,7 +38,9 @@ class GPTSettings:
     """The flags that name a trained GPT; those at None are taken from what its checkpoint records."""
 
     gpt_ckpt: str = option(
-        dataclasses.MISSING, "checkpoint of the GPT: a path, or a name of pretrained_models/README.md"
+        dataclasses.MISSING,
+        "weights of the GPT: a checkpoint, a run folder, a name of pretrained_models/README.md, or a folder or "
+        "repository (ORG/NAME, ORG/NAME@REVISION) in the form of the Hugging Face hub",
     )
     gpt_model: str | None = recipe(
         None, "size of the GPT (default: as its checkpoint records, else GPT-B)", choices=GPT_SIZES
@@ -84,6 +94,12 @@ class GPTInfo:
     tokenizer: dict  # name, hash and weights (ema or raw) of the one whose codes it was trained on
     class_names: tuple[str, ...] | None
     places: dict[str, str]  # where the images and the tokenizer lay when their codes were extracted
+    converted_from: str | None = None  # the SHA-256 of the file that the same weights were converted from
+
+    @property
+    def sha256(self) -> str:
+        """What identifies the weights: the hash of their file, or of the one that they were converted from."""
+        return self.converted_from or fingerprint(self.checkpoint)
 
     def __str__(self) -> str:
         steps = f" after {self.steps:,} steps" if self.steps is not None else ""
@@ -134,6 +150,7 @@ def build_gpt(
         tokenizer=recorded.get("tokenizer", {}),
         class_names=tuple(recorded["class_names"]) if recorded.get("class_names") else None,
         places=checkpoint.get("places") or {},
+        converted_from=converted_from(checkpoint, state),
     )
     return model.requires_grad_(False).eval(), info
 
@@ -252,7 +269,7 @@ def _conditioning(recorded: dict[str, Any], given: GPTSettings, path: Path) -> C
             raise UserError(f"{path} was trained with another conditioning; give --conditioning '{spelling}'.")
         return LabelEmbedder
     component = load_component(given.conditioning, "--conditioning")
-    if trained != component.identity:
+    if placeless(trained or "") != placeless(component.identity):
         held = trained or "class labels"
         print(f"warning: {path} was trained with {held}, not with {component.identity}", file=sys.stderr)
     return component.make

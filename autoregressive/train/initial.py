@@ -15,6 +15,7 @@ from utils.program import UserError
 
 TABLE = "cls_embedding.embedding_table.weight"  # (classes, and the null class where there is one, D)
 NULL = "null"
+WITHOUT_WEIGHTS = ("n_head", "n_kv_head", "rope_base", "norm_eps", "cls_token_num")  # settings that no shape shows
 
 
 def load_initial(model: Transformer, chosen: GPTChoice, codes: StoreMeta) -> list[str]:
@@ -80,7 +81,12 @@ def _refuse_another_codebook(state: dict[str, torch.Tensor], model: Transformer,
 
 def _differences(recorded: dict, model: Transformer, codes: StoreMeta):
     """What else is new to the weights, a line each."""
-    grid, trained_on = recorded_grid(recorded), recorded.get("tokenizer", {}).get("hash")
+    said = recorded | recorded.get("model", {})
+    for name in WITHOUT_WEIGHTS:
+        here, there = getattr(model.args, name), said.get(name)
+        if there not in (None, here):
+            yield f"warning: they were trained with {name} {there}, not {here}; their layers compute something else now"
+    grid, trained_on = recorded_grid(recorded), (recorded.get("tokenizer") or {}).get("hash")
     if grid not in (None, model.args.grid):
         ours = "x".join(map(str, model.args.grid))
         yield f"the grid of {ours} codes is new to them: they were trained on {grid[0]}x{grid[1]}"

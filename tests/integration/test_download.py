@@ -7,10 +7,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-import huggingface_hub.constants
 import pytest
 
 from pretrained_models import catalogue, download
+from tests.small_hub import point_to
 from utils.files import lock
 from utils.program import UserError
 
@@ -65,14 +65,6 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
-
-
-def point_to(monkeypatch, port: int) -> None:
-    endpoint = f"http://127.0.0.1:{port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
 
 
 @pytest.fixture

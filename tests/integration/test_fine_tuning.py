@@ -1,12 +1,16 @@
 """Starting from weights of other classes or another grid (docs/fine-tuning.md)."""
 
 import argparse
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from autoregressive.models import gpt
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.train.config import GPTChoice
+from autoregressive.train.initial import load_initial
 from dataset.code_dataset import CodeDataset, CodeLoader
 from dataset.code_store import find_stores
 from tests.stores import make_store
@@ -127,6 +131,18 @@ def test_refusals(changes, message, codes, published, tmp_path, monkeypatch):
     arguments = command(codes, tmp_path, x={"--init-from": published[0]} | changes)
     assert train(arguments, output=tmp_path / "log") == [2]
     assert message in (tmp_path / "log").read_text()
+
+
+def test_settings_that_no_shape_shows_are_told(tmp_path):
+    args = ModelArgs(**TINY, rope_base=500.0)
+    config = {"model": dataclasses.asdict(args)}
+    torch.save({"model": Transformer(args).state_dict(), "config": config}, tmp_path / "c2i.pt")
+    codes, chosen = SimpleNamespace(tokenizer={}), GPTChoice(init_from=str(tmp_path / "c2i.pt"))
+    told = load_initial(Transformer(ModelArgs(**TINY, n_kv_head=2)), chosen, codes)
+    assert told[2:] == [
+        "warning: they were trained with rope_base 500.0, not 10000.0; their layers compute something else now"
+    ]
+    assert load_initial(Transformer(args), chosen, codes)[2:] == []
 
 
 def test_chosen_rows_need_weights_to_choose_from(codes, tmp_path):

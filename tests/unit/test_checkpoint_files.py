@@ -44,8 +44,10 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(tmp_path):
 
 
 def test_a_lost_mirror_does_not_touch_the_first_place(tmp_path, capsys):
-    (tmp_path / "b").write_text("a file where the folder should be")
     writer = CheckpointWriter(tmp_path / "a", [tmp_path / "b"], 2, 0)
+    (tmp_path / "b").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="b is no folder; name another path"):
+        CheckpointWriter(tmp_path / "a", [tmp_path / "b/deep"], 2, 0)
     for step in (1, 2, 3):
         writer.save(step, STATE)
     writer.wait()
@@ -128,8 +130,7 @@ def test_damage_is_seen(damage, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "is not a complete"), (b"PK\x03\x04 half a zip", "is not a complete"), (b"text", "x.pt")],
+    ("content", "message"), [(b"", "is empty"), (b"PK\x03\x04 half a zip", "is not a complete"), (b"text", "x.pt")]
 )
 def test_files_that_are_no_checkpoints(content, message, tmp_path):
     path = tmp_path / "x.pt"

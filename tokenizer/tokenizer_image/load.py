@@ -14,13 +14,24 @@ from torch import nn
 from pretrained_models.catalogue import find_weights, published_config
 from tokenizer.base import ImageTokenizer
 from tokenizer.tokenizer_image.vq_model import ModelArgs, VQ_models
-from utils.checkpoint import WEIGHTS_CHOICES, load_strict, read_checkpoint, recorded_settings, select_weights
-from utils.component import call_of, is_component, load_component, short_name
-from utils.files import sha256
+from utils.checkpoint import (
+    WEIGHTS_CHOICES,
+    converted_from,
+    fingerprint,
+    load_strict,
+    read_checkpoint,
+    recorded_settings,
+    select_weights,
+)
+from utils.component import call_of, is_component, load_component, placeless, short_name
 from utils.program import UserError
 from utils.settings import REQUIRED, option, refuse_differences, settings
 
 DEFAULT_TOKENIZER = "VQ-16"
+TOKENIZER_HELP = (
+    "weights of the tokenizer: a checkpoint, a run folder, a name of pretrained_models/README.md, or a folder or "
+    "repository (ORG/NAME, ORG/NAME@REVISION) in the form of the Hugging Face hub"
+)
 WEIGHTS_HELP = "which weights of the tokenizer's checkpoint; auto: the averaged ones (EMA) where it has them"
 
 
@@ -28,7 +39,7 @@ WEIGHTS_HELP = "which weights of the tokenizer's checkpoint; auto: the averaged 
 class TokenizerSettings:
     """Which tokenizer to load; results are identified by the `TokenizerInfo` of what was loaded, not by these."""
 
-    vq_ckpt: str = option(REQUIRED, "checkpoint of the tokenizer: a path, or a name of pretrained_models/README.md")
+    vq_ckpt: str = option(REQUIRED, TOKENIZER_HELP)
     vq_model: str | None = option(
         None,
         f"tokenizer: {', '.join(VQ_models)}, or a class of your own as FILE.py:NAME or 'FILE.py:NAME(key=value)'; "
@@ -58,7 +69,7 @@ class TokenizerInfo:
     downsample_factor: int
     checkpoint: str
     weights: str  # "ema" or "raw"
-    sha256: str  # of the checkpoint's file
+    sha256: str  # of the checkpoint's file, or of the one that it was converted from
 
     @property
     def label(self) -> str:
@@ -88,7 +99,7 @@ def build_tokenizer(
     model, identity = new_tokenizer(name, **given_sizes(settings) | config)
     check_sizes(settings, model, identity)
     trained_with = recorded.get("vq_model_identity", identity)
-    if _placeless(trained_with) != _placeless(identity):
+    if placeless(trained_with) != placeless(identity):
         print(f"warning: {path} was trained with {trained_with}, not with {identity}", file=sys.stderr)
     state, kind = select_weights(checkpoint, path, settings.vq_weights)
     load_strict(model, state, path, "check --vq-model, --codebook-size and --codebook-embed-dim.")
@@ -100,7 +111,7 @@ def build_tokenizer(
         downsample_factor=model.downsample_factor,
         checkpoint=str(path),
         weights=kind,
-        sha256=sha256(path),
+        sha256=converted_from(checkpoint, state) or fingerprint(path),
     )
     return model, info
 
@@ -152,11 +163,6 @@ def check_image_size(size: int, name: str, downsample_factor: int) -> None:
             f"--image-size {size} is not a multiple of {downsample_factor}, the pixels per side that a code of {name} "
             f"covers; use {near}."
         )
-
-
-def _placeless(identity: str) -> str:
-    """A class of the user's own may have moved: its name, its keywords and its file's hash say what it is."""
-    return identity.partition(".py:")[2] or identity
 
 
 def _refuse_contradictions(path: Path, recorded: dict, settings: TokenizerSettings) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import vgg
 
 from pretrained_models.catalogue import FOLDER
 from utils.checkpoint import read_checkpoint
@@ -52,6 +51,8 @@ class LPIPS(nn.Module):
     """Distance of two batches of images in [-1, 1]: (B, 3, H, W) twice -> (B,) float32; H and W at least 16."""
 
     def __init__(self):
+        from torchvision.models import vgg  # which a training without LPIPS does not need
+
         super().__init__()
         self.features = vgg.make_layers(vgg.cfgs["D"])[
             :-1
