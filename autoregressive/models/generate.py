@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from autoregressive.models.gpt import Transformer, TransformerBlock, causal_attention
+from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.models.sampling import (
     Sampling,
     draw_codes,
@@ -32,12 +32,15 @@ LENGTHS = 8  # of the cache on a GPU: shorter reads against more graphs to captu
 LENGTH_STEP = 16
 NOISE_AHEAD = 2**25  # Gumbel numbers made before the first token, on a CPU: at most this many (128 MiB)
 NOISE_AT_ONCE = 2**16
+SHAPES_COMPILED = 64  # of one function: a pipeline in use meets many numbers of images
 
 Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def compile_repeatably(function: Callable) -> Callable:
     """Compile for fixed shapes with kernels that are not chosen by timing: every rank and every start rounds alike."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, SHAPES_COMPILED)  # beyond it, a further shape is an error
     return torch.compile(function, fullgraph=True, dynamic=False, options={"deterministic": True})
 
 
@@ -165,12 +168,19 @@ class CodeGenerator:
     def passes(self, cond: torch.Tensor, uniforms: torch.Tensor, known: torch.Tensor | None = None) -> Iterator[int]:
         """`__call__` a pass of the model at a time, the model being in eval mode and without autocast.
 
-        Each gives the number of codes, from the first, that are then final in `codes` for all images.
+        Each gives the number of codes, from the first, that are then final in `codes` for all images. Consecutive
+        codes that are known of all images take one pass together, at the end of the image none.
         """
         self.start(cond, uniforms, known)
-        for token in range(self.length):
-            self.step(token)
-            yield token + 1
+        token = 0
+        while token < self.length:
+            if self.known_until[token] > token:
+                token = self._take_known(token)
+                self._go_on_from(token)
+            else:
+                self.step(token)
+                token += 1
+            yield token
 
     def check_finite(self) -> None:
         """Raise `FloatingPointError` if any logits so far were not finite; waits for the device."""
@@ -186,7 +196,7 @@ class CodeGenerator:
         condition = self.model.cls_embedding(cond, dropped).to(self.x.dtype)  # (R, C, D)
         self.model.check_condition(condition)
         if self.before:
-            self._prefill(condition[:, :-1])
+            self._prefill(condition[:, :-1], 0)
         self.x.copy_(condition[:, -1])
         if self.randomness.dim() == 2:
             self.randomness.copy_(uniforms, non_blocking=True)
@@ -196,26 +206,50 @@ class CodeGenerator:
             for part, room in parts:
                 room.copy_(gumbel_noise(part, room.shape[-1]))
         self.some_known = known is not None
+        self.known_until = list(range(self.length))  # for each token the first from there on that is to be drawn
         if self.some_known:
             self.known.copy_(known, non_blocking=True)
+            known_of_all, end = (known >= 0).all(0).tolist(), self.length
+            for token in reversed(range(self.length)):
+                end = end if known_of_all[token] else token
+                self.known_until[token] = end
         self.token.zero_()
 
-    def _prefill(self, x: torch.Tensor) -> None:
-        """Fill the cache with the condition's positions but the last, `x` `(R, C - 1, D)`, all at once."""
-        positions = self.positions[: x.shape[1]]
-        rope = self.model.rope_1[positions]
+    def _take_known(self, first: int) -> int:
+        """Take over the codes from `first` on that are known of all images; returns the first that is not."""
+        end = self.known_until[first]
+        self.codes[:, first:end] = self.known[:, first:end]
+        if end < self.length:
+            guided = first < self.guided
+            inputs = self.model.tok_embeddings(self.codes[:, max(0, first - 1) : end - 1])  # (B, end - first, D)
+            inputs = torch.cat([inputs, inputs]) if guided else inputs
+            if first == 0:
+                inputs = torch.cat([self.x[: len(inputs)].unsqueeze(1), inputs], dim=1)
+            self._prefill(inputs, self.before + first)
+        return end
+
+    def _go_on_from(self, token: int) -> None:
+        """Make `token` the next to be drawn."""
+        self.x.unflatten(0, (-1, self.batch_size)).copy_(self.model.tok_embeddings(self.codes[:, token - 1]))
+        self.token.fill_(token)
+
+    def _prefill(self, x: torch.Tensor, first: int) -> None:
+        """Fill the cache with inputs `x` `(R, T, D)` at the positions from `first` on, all at once."""
+        rows, positions = len(x), self.positions[first : first + x.shape[1]]
+        length = self._read_length(first + x.shape[1])
+        rope, mask = self.model.rope_1[positions], self._spread(self.causal[positions, :length].unsqueeze(0))
         for i, layer in enumerate(self.model.layers):
-            keys, values = self.keys[i], self.values[i]
+            keys, values = self.keys[i, :rows], self.values[i, :rows]
             query = CodeGenerator._project_and_store(layer, x, rope, keys, values, positions)
-            own = slice(0, x.shape[1])
-            x = layer.after_attention(x, causal_attention(query, keys[:, :, own], values[:, :, own], 0.0))
+            attended = self._attend_several(query, keys[:, :, :length], values[:, :, :length], mask)
+            x = layer.after_attention(x, attended)
 
     def step(self, token: int) -> None:
         self._run(self.before + token + 1, token < self.guided)
 
     def _run(self, filled: int, guided: bool) -> None:
         """One pass of the model over at least `filled` positions; on a GPU as a graph, captured at its first use."""
-        length = -(-filled // self.length_step) * self.length_step
+        length = self._read_length(filled)
         settings = (length, guided, self.some_known)
         if replay := self._graphs.get(settings):
             replay()
@@ -223,6 +257,9 @@ class CodeGenerator:
         self._decode(*settings)  # does this pass's work and loads its kernels; capturing executes nothing
         if self.on_gpu:
             self._graphs[settings] = self._capture(*settings)
+
+    def _read_length(self, filled: int) -> int:
+        return -(-filled // self.length_step) * self.length_step
 
     def _capture(self, *settings) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -267,7 +304,7 @@ class CodeGenerator:
 
         `tokens` `(1, 1)` or `(K, 1)` are the codes' places, `randomness` `(K, …)` is what they are drawn from.
         """
-        logits = self.model.output(self.model.norm(x)).float()
+        logits = self.model.logits(x)
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (conditional - unconditional) * self.scales.take(tokens)
@@ -292,3 +329,25 @@ class CodeGenerator:
         """Queries `(R, n_head, 1, head_dim)` over `(R, n_kv_head, S, head_dim)`; `mask` is added to the scores."""
         grouped = query.shape[1] != keys.shape[1]
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
+
+    def _spread(self, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` `(R, T, S)`, or `(1, T, S)` for all rows, in the shape that `_attend_several` takes."""
+        if self.on_gpu:
+            return mask.unsqueeze(1)
+        kv_heads = 1 if len(mask) == 1 else self.model.args.n_kv_head  # of one that all rows share, all heads do too
+        groups = self.model.args.n_head // self.model.args.n_kv_head
+        mask = mask[:, None, None].expand(-1, kv_heads, groups, -1, -1)
+        return mask.reshape(mask.shape[0] * kv_heads, -1, 1, mask.shape[-1])
+
+    def _attend_several(self, query, keys, values, mask) -> torch.Tensor:
+        """Queries `(R, n_head, T, head_dim)` over `(R, n_kv_head, S, head_dim)`; `mask` is added to the scores.
+
+        On the CPU each query is a batch entry of its own, over the same keys: a matrix product of several queries
+        rounds otherwise than that of one.
+        """
+        if self.on_gpu:
+            return CodeGenerator._attend(query, keys, values, mask)
+        rows, kv_heads, _, size = keys.shape
+        each = query.reshape(rows * kv_heads, -1, 1, size)  # (R * n_kv_head, groups * T, 1, head_dim)
+        keys, values = (part.flatten(0, 1).unsqueeze(1).expand(-1, each.shape[1], -1, -1) for part in (keys, values))
+        return F.scaled_dot_product_attention(each, keys, values, attn_mask=mask).view(query.shape)

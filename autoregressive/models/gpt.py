@@ -245,12 +245,20 @@ class Transformer(nn.Module):
                 x = layer(x, rope)
         x = x[:, condition.shape[1] - 1 :]  # (B, N, D): the last position of the condition predicts the first patch
         if targets is None:
-            return self.output(self.norm(x)).float(), None
+            return self.logits(x), None
         return None, self.head_loss(x, patch_codes(targets, self.args.grid, patch_side))
+
+    def head_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the head's weight multiplies, of the last layer's output `(…, D)`: for the loss as for drawing."""
+        return self.norm(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """`(…, V)` float32 of the last layer's output `(…, D)`."""
+        return self.output(self.head_input(x)).float()
 
     def head_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of `targets` `(B, N, k)` from the last layer's output `(B, N, D)`."""
-        return self.loss(self.norm(x), self.output.weight, targets)
+        return self.loss(self.head_input(x), self.output.weight, targets)
 
     def check_condition(self, condition: torch.Tensor) -> None:
         """Raise `ValueError` unless the conditioning gave as many vectors as the rotary tables have rows for."""

@@ -14,7 +14,6 @@ Letters in shapes are those of models/generate.py, and W the codes of a window.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from autoregressive.models.generate import CodeGenerator, Draw
 from autoregressive.models.gpt import Transformer, TransformerBlock
@@ -44,9 +43,12 @@ def make_generator(
 
 def usual_window(model: Transformer, batch_size: int) -> int:
     """Codes at a time that make a batch fastest; 1 where rounding depends on it."""
-    if not isinstance(model.output, PackedLinear) or model.tok_embeddings.weight.dtype != torch.float32:
-        return 1
-    return USUAL_WINDOW if batch_size <= LARGEST_BATCH else 1
+    return USUAL_WINDOW if rounds_alike(model) and batch_size <= LARGEST_BATCH else 1
+
+
+def rounds_alike(model: Transformer) -> bool:
+    """Whether every number is rounded the same, however many images and codes a pass takes."""
+    return isinstance(model.output, PackedLinear) and model.tok_embeddings.weight.dtype == torch.float32
 
 
 class ParallelCodeGenerator(CodeGenerator):
@@ -78,8 +80,14 @@ class ParallelCodeGenerator(CodeGenerator):
             state.zero_()
         fewest = most = 0
         while fewest < self.length:
-            self._run(self.before + min(most + self.window, self.length), fewest < self.guided)
-            fewest, most = torch.stack(self.final.aminmax()).tolist()
+            if self.known_until[fewest] - fewest > self.window:
+                fewest = self._take_known(fewest)
+                most = max(most, fewest)
+                self.final.clamp_(min=fewest)
+                self.drawn.clamp_(min=fewest)
+            else:
+                self._run(self.before + min(most + self.window, self.length), fewest < self.guided)
+                fewest, most = torch.stack(self.final.aminmax()).tolist()
             yield fewest
 
     def _decode(self, length: int, guided: bool, some_known: bool) -> None:
@@ -97,7 +105,8 @@ class ParallelCodeGenerator(CodeGenerator):
         positions = tokens + self.before  # (R, W)
         places = (self.images[: positions.numel()], positions.flatten())
         x = x.view(1, rows * self.window, -1)
-        x = self._through_layers(x, self.model.rope_1[places[1]], places, self._mask(positions, length), rows)
+        mask = self._spread(self.causal[:, :length][positions])
+        x = self._through_layers(x, self.model.rope_1[places[1]], places, mask, rows)
 
         tokens = tokens[: self.batch_size]
         randomness = self.randomness[self.images[: tokens.numel()], tokens.flatten()]
@@ -122,32 +131,11 @@ class ParallelCodeGenerator(CodeGenerator):
         known = self.known.gather(1, tokens)
         return torch.where(known < 0, codes, known)
 
-    def _mask(self, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """What is added to the scores of queries at `positions` `(R, W)`, in the shape that `_attend` takes."""
-        mask = self.causal[:, :length][positions].unsqueeze(1)  # (R, 1, W, S)
-        if self.on_gpu:
-            return mask
-        kv_heads = self.model.args.n_kv_head
-        groups = self.model.args.n_head // kv_heads
-        return mask.unsqueeze(1).expand(-1, kv_heads, groups, -1, -1).reshape(-1, groups * self.window, 1, length)
-
     def _attend(self, query, keys, values, mask) -> torch.Tensor:
-        """Queries `(1, n_head, R*W, head_dim)` over `(R, n_kv_head, S, head_dim)`; `mask` is added to the scores.
-
-        On the CPU each query is a batch entry of its own, over the same keys: a matrix product of several queries
-        rounds otherwise than that of one.
-        """
-        rows, kv_heads, length, _ = keys.shape
-        query = query.view(kv_heads, -1, rows, self.window, query.shape[-1])
-        if self.on_gpu:
-            query = query.flatten(0, 1).transpose(0, 1)  # (R, n_head, W, head_dim)
-            return super()._attend(query, keys, values, mask).transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        groups = query.shape[1]
-        query = query.permute(2, 0, 1, 3, 4).reshape(rows * kv_heads, groups * self.window, 1, -1)
-        keys, values = (part.flatten(0, 1).unsqueeze(1).expand(-1, query.shape[1], -1, -1) for part in (keys, values))
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        attended = attended.view(rows, kv_heads, groups, self.window, -1).permute(1, 2, 0, 3, 4)
-        return attended.reshape(1, kv_heads * groups, rows * self.window, -1)
+        """Queries `(1, n_head, R*W, head_dim)` over `(R, n_kv_head, S, head_dim)`; `mask` is added to the scores."""
+        query = query.squeeze(0).unflatten(1, (-1, self.window)).transpose(0, 1)  # (R, n_head, W, head_dim)
+        attended = self._attend_several(query, keys, values, mask)
+        return attended.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
     @staticmethod
     def _project_and_store(layer: TransformerBlock, x, rope, keys, values, places) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Sequence
+
+import numpy as np
 
 from utils.program import UserError
 
@@ -17,20 +20,26 @@ def class_names(num_classes: int, recorded: tuple[str, ...] | None) -> list[str]
     return [str(label) for label in range(num_classes)]
 
 
-def caption(label: int, names: list[str]) -> str:
+def caption(label: int, names: Sequence[str]) -> str:
     """What stands beside images of a class."""
     return names[label] if names[label] == str(label) else f"{label} {names[label]}"
 
 
-def parse_classes(text: str, names: list[str], flag: str = "--classes") -> list[int]:
+def parse_classes(text: str, names: Sequence[str], flag: str = "--classes") -> list[int]:
     """Labels of a comma-separated list of labels and names, such as `207,red panda`. Raises `UserError`.
 
     A name may be shortened as long as it fits one class only; a name that several classes share asks for the label.
     """
-    return [_label(entry.strip(), names, flag) for entry in text.split(",") if entry.strip()] or _label("", names, flag)
+    return [label_of(entry.strip(), names, flag) for entry in text.split(",") if entry.strip()] or label_of(
+        "", names, flag
+    )
 
 
-def _label(entry: str, names: list[str], flag: str) -> int:
+def label_of(entry: str | int, names: Sequence[str], flag: str) -> int:
+    """The label that `entry`, a label or a name, means. Raises `UserError`, naming `flag`."""
+    if isinstance(entry, bool) or not isinstance(entry, str | int | np.integer):
+        raise UserError(f"{flag} takes labels 0 to {len(names) - 1}, or names, not {entry!r}.")
+    entry = str(entry).strip()
     if re.fullmatch("-?[0-9]+", entry):
         if not 0 <= int(entry) < len(names):
             raise UserError(f"there is no class {entry}; {flag} takes labels 0 to {len(names) - 1}, or names.")
@@ -48,7 +57,19 @@ def _label(entry: str, names: list[str], flag: str) -> int:
     return matches[0]
 
 
-def _similar(wanted: str, names: list[str]) -> list[int]:
+def find_classes(text: str, names: Sequence[str]) -> list[tuple[int, str]]:
+    """Labels and names of the classes that fit `text`: that label, names that begin with it, that hold it, the similar.
+
+    All of them for an empty text.
+    """
+    wanted = text.strip().lower()
+    found = [label for label, name in enumerate(names) if wanted in (str(label), name.lower())]
+    found += [label for label, name in enumerate(names) if name.lower().startswith(wanted)]
+    found += [label for label, name in enumerate(names) if wanted in name.lower()]
+    return [(label, names[label]) for label in dict.fromkeys(found or _similar(wanted, names))]
+
+
+def _similar(wanted: str, names: Sequence[str]) -> list[int]:
     """Labels of the names that are nearest in spelling, best first; of a name of several words, any may be meant."""
     spellings = [(name.lower(), *re.split(r"[\W_]+", name.lower())) for name in names]
     near = difflib.get_close_matches(wanted, {word for words in spellings for word in words}, n=4, cutoff=0.7)
@@ -58,5 +79,5 @@ def _similar(wanted: str, names: list[str]) -> list[int]:
     )
 
 
-def _listed(labels: list[int], names: list[str]) -> str:
+def _listed(labels: list[int], names: Sequence[str]) -> str:
     return ", ".join(f"{label} ({names[label]})" for label in labels[:8])

@@ -1,7 +1,7 @@
 """Samples one picture: rows of images of chosen classes.
 
     bash scripts/autoregressive/sample_one_c2i.sh --gpt-model GPT-B --gpt-ckpt npp/c2i_B_256.pt \\
-        --vq-ckpt vq_ds16_c2i.pt --image-size 256 --classes "golden retriever,red panda" --columns 4
+        --image-size 256 --classes "golden retriever,red panda" --columns 4
 """
 
 from pathlib import Path
@@ -10,30 +10,35 @@ import numpy as np
 import torch
 
 from autoregressive.models.load import GPTSettings
-from autoregressive.models.sampling import Sampling
-from autoregressive.sample.class_names import caption, class_names, parse_classes
+from autoregressive.sample.class_names import caption, parse_classes
+from autoregressive.sample.editing import MOST_CANDIDATES, open_picture
 from autoregressive.sample.pictures import captioned_rows
-from autoregressive.sample.pipeline import ComputeSettings, Pipeline
-from autoregressive.sample.seeds import image_uniforms
-from tokenizer.tokenizer_image.load import TokenizerSettings
+from autoregressive.sample.pipeline import ComputeSettings, PictureSampling, Pipeline, SamplerTokenizerSettings
 from utils.commands import absolute_component, command
 from utils.files import atomic_file
-from utils.program import UserError, run
+from utils.program import run
 from utils.progress import progress
-from utils.settings import MAX_SEED, option, parse, recipe, settings, with_defaults
-
-BATCH_SIZE = {"cpu": 8, "cuda": 64}
+from utils.settings import MAX_SEED, option, parse, recipe, settings
 
 
 @settings("picture")
 class PictureSettings:
     gpt: GPTSettings
-    tokenizer: TokenizerSettings
+    tokenizer: SamplerTokenizerSettings
     compute: ComputeSettings
-    sampling: with_defaults(Sampling, cfg_scale=4.0, top_k=2000, draw="gumbel")
+    sampling: PictureSampling
     classes: str | None = recipe(None, "labels or names, separated by commas (default: eight of them)")
     columns: int = recipe(1, "images of each class, in its row", at_least=1)
     seed: int = recipe(0, "another seed, other images", at_least=0, at_most=MAX_SEED)
+    image: Path | None = recipe(None, "picture to edit, of which the codes outside of --mask are kept")
+    mask: Path | None = recipe(None, "picture of the size of --image, white where it is to be drawn anew")
+    candidates: int = recipe(
+        1,
+        "pictures to draw for each one that is kept: of an edited --image that under which the codes behind the drawn "
+        "ones are likeliest",
+        at_least=1,
+        at_most=MOST_CANDIDATES,
+    )
     output: Path = option(Path("sample_c2i.png"), "file of the picture")
 
 
@@ -42,10 +47,23 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = Pipeline(chosen.gpt, chosen.tokenizer, chosen.compute, device)
     print(pipeline.describe(), flush=True)
-    names = class_names(pipeline.num_classes, pipeline.gpt_info.class_names)
+    names = pipeline.class_names
     labels = parse_classes(chosen.classes, names) if chosen.classes else default_classes(pipeline.num_classes)
-    images = sample_rows(pipeline, labels, chosen.columns, chosen.seed, chosen.sampling)
-    picture = captioned_rows(images, [caption(label, names) for label in labels])
+    codes = len(labels) * chosen.columns * chosen.candidates * pipeline.gpt.args.block_size
+    drawings = pipeline.drawings(
+        [label for label in labels for _ in range(chosen.columns)],
+        chosen.seed,
+        chosen.sampling,
+        chosen.image and open_picture(chosen.image),
+        chosen.mask and open_picture(chosen.mask),
+        chosen.candidates,
+    )
+    with progress(description="sample", total=codes, unit="code") as bar:
+        for drawing in drawings:
+            bar.update(drawing.drawn - bar.n)
+    pixels = np.stack([np.asarray(image) for image in drawing.images])
+    rows = pixels.reshape(len(labels), chosen.columns, *pixels.shape[1:])
+    picture = captioned_rows(rows, [caption(label, names) for label in labels])
     with atomic_file(chosen.output) as file:
         picture.save(file, format="png")
     print(f"picture: {chosen.output}\nnext: {next_command(chosen, pipeline)}")
@@ -77,27 +95,6 @@ def default_classes(num_classes: int) -> list[int]:
     if num_classes == 1000:
         return [207, 360, 387, 974, 88, 979, 417, 279]
     return sorted({int(label) for label in np.linspace(0, num_classes - 1, 8)})
-
-
-def sample_rows(pipeline: Pipeline, labels: list[int], columns: int, seed: int, sampling: Sampling) -> np.ndarray:
-    """Images `(classes, columns, H, W, 3)` uint8. Every image has its own uniform numbers, of its class and place."""
-    wanted = np.repeat(labels, columns)
-    first = [labels[:row].count(label) * columns for row, label in enumerate(labels)]  # named again: other images
-    streams = wanted * 2**32 + np.repeat(first, columns) + np.tile(np.arange(columns), len(labels))
-    batch_size = min(BATCH_SIZE[pipeline.device.type], len(wanted))
-    generator = pipeline.generator(batch_size, sampling)
-    images = []
-    with progress(description="sample", total=len(wanted), unit="image") as bar:
-        for start in range(0, len(wanted), batch_size):
-            count = min(batch_size, len(wanted) - start)
-            batch = np.resize(np.arange(start, start + count), batch_size)  # the last one is filled up
-            uniforms = image_uniforms(streams[batch], generator.length, seed)
-            codes = generator(pipeline.condition(wanted[batch]), torch.from_numpy(uniforms))
-            images.append(pipeline.decode(codes)[:count])
-            bar.update(count)
-    if not generator.finite:
-        raise UserError("the model's logits are not finite; give --precision bf16 or none, or another checkpoint.")
-    return np.concatenate(images).reshape(len(labels), columns, *images[0].shape[1:])
 
 
 if __name__ == "__main__":

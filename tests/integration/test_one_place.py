@@ -29,7 +29,7 @@ def test_a_setting_without_parameters_is_found_again_after_training_and_sampling
     gpt = project / "autoregressive/models/gpt.py"
     text = gpt.read_text()
     text = text.replace("    vocab_size: int = recipe", SETTING + "    vocab_size: int = recipe", 1)
-    text = text.replace("return self.loss(self.norm(x), ", "return self.loss(self.norm(x) * self.args.logit_scale, ", 1)
+    text = text.replace("return self.norm(x)", "return self.norm(x) * self.args.logit_scale", 1)
     gpt.write_text(text)
 
     torch.save({"model": VQ_models["VQ-Tiny"](codebook_size=64, codebook_embed_dim=8).state_dict()}, tmp_path / "vq.pt")
@@ -55,13 +55,12 @@ def test_a_setting_without_parameters_is_found_again_after_training_and_sampling
 PROBE = """
 from autoregressive.sample import sample_c2i
 
-original = sample_c2i.sample_rows
+original = sample_c2i.Pipeline.describe
 
-def sample_rows(pipeline, *rest):
-    print("the sampler's logit_scale:", pipeline.gpt.args.logit_scale)
-    return original(pipeline, *rest)
+def describe(pipeline):
+    return f"the sampler's logit_scale: {pipeline.gpt.args.logit_scale}\\n{original(pipeline)}"
 
-sample_c2i.sample_rows = sample_rows
+sample_c2i.Pipeline.describe = describe
 sample_c2i.main()
 """
 

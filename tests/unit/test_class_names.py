@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from autoregressive.sample.class_names import caption, class_names, parse_classes
+from autoregressive.sample.class_names import caption, class_names, find_classes, parse_classes
 from autoregressive.sample.pictures import rows_of_classes
 from utils.program import UserError
 
@@ -22,6 +22,17 @@ CLOTHES = ["Ankle_boot", "Bag", "Coat", "Shirt", "T-shirt_top", "Trouser"]
 def test_near_misses(entry, names, message):
     with pytest.raises(UserError, match=message):
         parse_classes(entry, names)
+
+
+def test_a_search_gives_the_best_first():
+    names = class_names(1000, None)
+    assert find_classes("Red fox", names)[0] == (277, "red fox")
+    assert {name for _, name in find_classes("fox", names)} >= {"red fox", "kit fox", "Arctic fox", "grey fox"}
+    assert find_classes("king", names)[0][1].startswith("king")
+    assert find_classes("207", names) == [(207, "golden retriever")]
+    assert find_classes("shrit", CLOTHES) == [(3, "Shirt"), (4, "T-shirt_top")]
+    assert [label for label, _ in find_classes(" ", CLOTHES)] == list(range(6))
+    assert find_classes("xyzzy", CLOTHES) == []
 
 
 def test_captions():

@@ -125,6 +125,38 @@ def test_known_codes_are_kept_and_the_others_follow_them(kind):
     assert torch.equal(generator(LABELS, uniforms(3)), free)
 
 
+def forced(generator: CodeGenerator, *batch) -> torch.Tensor:
+    """What is drawn where known codes are put in one by one."""
+    generator.start(*batch)
+    for token in range(generator.length):
+        generator.step(token)
+    return generator.codes.clone()
+
+
+@pytest.mark.parametrize(
+    ("kept", "passes"),
+    [
+        ([range(24)], 1 + 40),
+        ([range(24), range(30, 50)], 1 + 6 + 1 + 14),  # guidance ends within the second
+        ([range(5, 6), range(20, 64)], 5 + 1 + 14 + 1),
+        ([range(64)], 1),
+    ],
+)
+@pytest.mark.parametrize("kind", [CodeGenerator, StaticGenerator])
+def test_consecutive_known_codes_take_one_pass(kind, kept, passes):
+    generator = kind(golden_model(), 3, 64, Sampling(2.0, 40))
+    other = generator(LABELS.flip(0), uniforms(3, seed=1))
+    known = torch.full((3, 64), -1)
+    for places in kept:
+        known[:, places] = other[:, places]
+    expected = forced(generator, LABELS, uniforms(3), known)
+    counts = list(generator.passes(LABELS, uniforms(3), known))
+    assert torch.equal(generator.codes, expected)
+    assert len(counts) == passes
+    assert counts == sorted(set(counts))
+    assert counts[-1] == 64
+
+
 def test_the_model_is_left_as_it_was():
     model = golden_model(resid_dropout_p=0.5, ffn_dropout_p=0.5).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}

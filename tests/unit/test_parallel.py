@@ -13,7 +13,7 @@ from autoregressive.models.parallel import ParallelCodeGenerator, make_generator
 from autoregressive.models.sampling import Sampling, draw_codes, draw_gumbel
 from examples.min_p import min_p
 from tests.golden_gpt import golden_args, golden_model
-from tests.unit.test_generate import FIGURES, GENERATIONS, LABELS, Static, case, uniforms
+from tests.unit.test_generate import FIGURES, GENERATIONS, LABELS, Static, case, forced, uniforms
 
 packed = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
@@ -141,7 +141,27 @@ def test_known_codes(window):
     given[1] = -1
     assert torch.equal(generator(LABELS, uniforms(3), given), one_by_one(LABELS, uniforms(3), given))
     assert torch.equal(generator(LABELS, uniforms(3)), free)
-    assert len(list(generator.passes(LABELS, uniforms(3), free))) == 64 // window  # nothing to draw
+    assert list(generator.passes(LABELS, uniforms(3), free)) == [64]  # nothing to draw
+
+
+@packed
+@pytest.mark.parametrize("settings", [dict(), dict(n_kv_head=2), dict(cls_token_num=3)])
+def test_after_known_codes_logits_are_those_of_one_by_one(settings):
+    made, sampling = model(**settings), Sampling(2.0, 40)
+    other = CodeGenerator(made, 3, 64, sampling)(LABELS.flip(0), uniforms(3, seed=1))
+    known = torch.full((3, 64), -1)
+    known[:, :19], known[:, 30:50], known[0, 22:26] = other[:, :19], other[:, 30:50], other[0, 22:26]
+    one_by_one = Recorder(draw_codes)
+    expected = forced(CodeGenerator(made, 3, 64, sampling, draw=one_by_one), LABELS, uniforms(3), known)
+    drawn = uniforms(3)[known < 0].tolist()
+    most = {1: 2 + 64 - 19 - 20, 4: 2 + 64 - 19 - 20, 16: 40}
+    for window, limit in most.items():
+        recorder = Recorder(draw_codes)
+        generator = make_generator(made, 3, 64, sampling, window, draw=recorder)
+        assert len(list(generator.passes(LABELS, uniforms(3), known))) <= limit
+        assert torch.equal(generator.codes, expected)
+        for number in drawn:
+            assert any(torch.equal(one_by_one.logits[number][0], seen) for seen in recorder.logits[number])
 
 
 @pytest.mark.parametrize("key", GENERATIONS)
