@@ -1,0 +1,71 @@
+"""Pictures that visitors send: measured before they are decoded, and only in formats that are plain pixels."""
+
+import os
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dataset.crops import center_crop
+from utils.program import UserError
+
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 24_000_000
+FORMATS = ("PNG", "JPEG", "WEBP")
+EDITOR_SIDE = 512  # pixels, at least, of a side of the picture to paint on
+
+
+@contextmanager
+def pixel_limit():
+    """Within it, Pillow refuses to open pictures of more than `MAX_PIXELS`, whoever asks it."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # up to twice this it only warns
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def open_picture(path: str | os.PathLike, size: int) -> Image.Image:
+    """The picture in the file at `path` as the model sees images: RGB, its middle, `size` pixels a side.
+
+    Raises `UserError` for files that are no picture, broken or too large; the number of pixels is read first.
+    """
+    if os.path.getsize(path) > MAX_BYTES:
+        raise UserError(f"the file is larger than {MAX_BYTES // 2**20} MB; send a smaller picture.")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels <= MAX_PIXELS:
+                return Image.fromarray(center_crop(_opaque(ImageOps.exif_transpose(image)), size))
+    except Image.DecompressionBombError:
+        pixels = None
+    except Exception as error:  # decoders raise whatever they like at broken files
+        raise UserError(f"this is no {' or '.join(FORMATS)} picture, or it is broken; send another.") from error
+    has = f"{pixels / 1e6:.0f}" if pixels else f"more than {MAX_PIXELS / 1e6:.0f}"
+    raise UserError(
+        f"the picture has {has} megapixels, and this page takes {MAX_PIXELS / 1e6:.0f}; send a smaller one."
+    )
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent lies on white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """A picture large enough to paint on; small ones with their pixels as squares."""
+    factor = max(1, EDITOR_SIDE // image.width)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def painted(layers: list[Image.Image], size: int) -> np.ndarray:
+    """Which pixels `(size, size)` of the model's picture are painted, at least half of each, on any of the layers."""
+    mask = np.zeros((size, size), dtype=bool)
+    for layer in layers:
+        opacity = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha else 0)
+        mask |= np.asarray(opacity.resize((size, size), Image.Resampling.BOX)) >= 128
+    return mask

@@ -1,0 +1,12 @@
+"""The demo page as a Space on the Hugging Face hub (docs/demo.md): a copy of this file beside README.md, as `app.py`.
+
+The Space's variable MODEL names what draws: a repository in the hub's form, ORG/NAME.
+"""
+
+import os
+
+from autoregressive.demo.main import main
+from utils.program import run
+
+if __name__ == "__main__":
+    run(lambda: main(["--pretrained", os.environ["MODEL"], "--host", "0.0.0.0", "--port", "7860"]))
