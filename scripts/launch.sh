@@ -27,9 +27,19 @@ for argument in "$@"; do # help is said once
 done
 
 if [ -n "${SLURM_JOB_NODELIST:-}" ] && [ -z "${NNODES:-}" ]; then
+    [ "${SLURM_LOCALID:-0}" = 0 ] || {
+        echo "error: Slurm starts several tasks per node; start one, of which the launcher makes NPROC_PER_NODE processes." >&2
+        exit 2
+    }
     NNODES=${SLURM_NNODES:-1}
     NODE_RANK=${SLURM_NODEID:-0}
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    if [ "$NNODES" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+        names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null) || {
+            echo "error: Slurm's scontrol does not name the nodes; give the first one's address in MASTER_ADDR." >&2
+            exit 2
+        }
+        MASTER_ADDR=${names%%$'\n'*}
+    fi
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 fi
 NNODES=${NNODES:-1}

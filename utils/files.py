@@ -2,8 +2,10 @@
 
 import fcntl
 import hashlib
+import io
 import json
 import os
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +14,90 @@ from typing import IO, Any
 
 from utils.program import UserError
 
+BUFFER = 1 << 20
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that takes its name only when it is complete.
+    """Open a file (`mode` "wb" or "w") that takes its name only when it is complete.
 
     Written beside `path` under a temporary name, flushed to the disk, then renamed; removed if the block raises.
+    A write that fails raises its `OSError`, whatever a library in between makes of it. Raises `UserError` if `path` is
+    there and no regular file: the rename would replace a device.
     """
     path = Path(path)
+    refuse_as_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    raw = None
     try:
-        with open(temporary, mode) as file:
+        raw = _RememberingFile(temporary, "w")
+        buffered = io.BufferedWriter(raw, BUFFER)
+        with buffered if "b" in mode else io.TextIOWrapper(buffered, "utf-8") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(raw.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if raw is not None and raw.failure is not None and raw.failure is not error:
+            raise raw.failure from error
         raise
     sync_folder(path.parent)
+
+
+class _RememberingFile(io.FileIO):
+    """Remembers which write failed first: torch.save tells of it in words of its own."""
+
+    failure: OSError | None = None
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+
+def refuse_as_output(path: Path) -> None:
+    """Raise `UserError` if `path` is there and no regular file, so that no result can take its name."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file to write to.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a device or a pipe; name a file to write to.")
+
+
+def refuse_overwriting(output: Path, *inputs: Path | None) -> None:
+    """Raise `UserError` if the file to write cannot be one, or is one of those that are read, or lies among them."""
+    refuse_as_output(output)
+    for path in inputs:
+        if path is None or not output.exists() or not path.exists():
+            continue
+        if output.samefile(path) or (path.is_dir() and path.resolve() in output.resolve().parents):
+            raise UserError(f"{output} is one of the files that are read, or lies among them; name another to write.")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `atomic_file` left in `folder` when its process was killed; call it under the folder's lock."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str) -> None:
+    """Append `text` to a file, all of it or, where that raises `OSError`, nothing."""
+    with open(path, "ab", buffering=0) as file:
+        size, rest = file.tell(), text.encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def warn_unwritten(path: str | os.PathLike, error: OSError, then: str) -> None:
+    """Say that a file that the program can do without was not written, and what `then` happens."""
+    print(f"warning: {path} could not be written ({error.strerror or error}); {then}.", file=sys.stderr)
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
@@ -68,6 +134,21 @@ def lock(path: Path, refusal: str) -> IO:
     except OSError:
         pass
     return file
+
+
+def read_json(path: str | os.PathLike, remedy: str, *names: str) -> dict:
+    """The object in a JSON file that a program wrote, which holds `names` at least.
+
+    Raises `UserError`, which ends with `remedy`, for anything else.
+    """
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:  # neither JSON nor text, or nested without end
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {remedy}.") from error
+    if not isinstance(value, dict) or (missing := [name for name in names if name not in value]):
+        found = f"no {missing[0]}" if isinstance(value, dict) else "no object"
+        raise UserError(f"{path} is damaged (it holds {found}); {remedy}.")
+    return value
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

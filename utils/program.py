@@ -92,6 +92,7 @@ SYSTEM_SENTENCES = {
     errno.ENAMETOOLONG: "a name is too long for the file system{where}; give a shorter one.",
     errno.ENOTDIR: "a folder is needed where there is a file{where}; name another path.",
     errno.EISDIR: "a file is needed where there is a folder{where}; name another path.",
+    errno.EEXIST: "something else is in the place of a folder{where}; move it away, or name another path.",
 }
 SYSTEM_SENTENCES |= dict.fromkeys((errno.EPERM, errno.EROFS), SYSTEM_SENTENCES[errno.EACCES])
 
@@ -102,8 +103,10 @@ def _system_sentence(error: Exception) -> str | None:
             "the GPU's memory is not enough; use smaller batches (in training more --gradient-accumulation-steps "
             "leave the result as it is), or free what other programs hold."
         )
-    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-    if not isinstance(error, OSError | MemoryError) or number not in SYSTEM_SENTENCES:
+    # torch has no type of its own for main memory that is not enough
+    no_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+    number = errno.ENOMEM if no_memory else getattr(error, "errno", None)
+    if not (no_memory or isinstance(error, OSError)) or number not in SYSTEM_SENTENCES:
         return None
     path = getattr(error, "filename", None)
     return SYSTEM_SENTENCES[number].format(where=f" ({path})" if path else "")

@@ -1,6 +1,6 @@
 """What stands before the image: a class label, or any sequence of vectors.
 
-A conditioning of your own (docs/extending.md) is a module with `length` and `forward` like `LabelEmbedder`'s.
+A conditioning of your own (docs/extending.md) is a module with a `forward` like `LabelEmbedder`'s.
 """
 
 import torch
@@ -8,9 +8,7 @@ from torch import nn
 
 
 class Conditioning(nn.Module):
-    """Turns what is known of each image into the `length` vectors that precede its codes."""
-
-    length = 1
+    """Turns what is known of each image into the `length` vectors that precede its codes (ModelArgs.cls_token_num)."""
 
     def forward(self, cond: torch.Tensor, dropped: torch.Tensor | None = None) -> torch.Tensor:
         """Vectors `(B, length, D)` of `cond` `(B, …)`.
@@ -21,6 +19,24 @@ class Conditioning(nn.Module):
 
     def check(self, cond: torch.Tensor) -> None:
         """Raise `ValueError` for conditions that the model does not know."""
+
+
+@torch.no_grad()
+def try_conditioning(conditioning: nn.Module, cond: torch.Tensor, length: int, dim: int) -> None:
+    """Raise `ValueError` unless `cond` `(B, …)` becomes vectors `(B, length, dim)`, dropped or not."""
+    shape = "x".join(map(str, cond.shape[1:])) or "single"
+    for dropped in (None, torch.ones(len(cond), dtype=torch.bool, device=cond.device)):
+        try:
+            vectors = conditioning(cond, dropped)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            raise ValueError(
+                f"the conditioning does not take {shape} {cond.dtype} values per image ({str(error).splitlines()[0]})"
+            ) from error
+        if (found := getattr(vectors, "shape", None)) != (len(cond), length, dim):
+            raise ValueError(
+                f"the conditioning gives {found and tuple(found)} for {len(cond)} images, not "
+                f"{(len(cond), length, dim)}: {length} vectors each (--cls-token-num) of {dim} numbers"
+            )
 
 
 class LabelEmbedder(Conditioning):

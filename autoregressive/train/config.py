@@ -120,6 +120,12 @@ class TrainSettings:
             raise UserError("--body-lr-share 0 keeps the body as it is, which needs trained weights: give --init-from.")
         if self.data.conditions is not None and self.gpt.conditioning is None:
             raise UserError("--conditions are for a --conditioning that takes them; give it, or leave them out.")
+        if self.monitor.val_conditions is not None and self.monitor.val_code_path is None:
+            raise UserError("--val-conditions are those of the images of --val-code-path; give both, or neither.")
+        if self.monitor.val_code_path and (self.data.conditions is None) != (self.monitor.val_conditions is None):
+            raise UserError(
+                "--conditions and --val-conditions belong together where there is a --val-code-path; give both."
+            )
         if self.gpt.conditioning is None and self.model.cls_token_num != 1:
             raise UserError("a class label stands at one position; --cls-token-num above 1 needs a --conditioning.")
         if self.machine.parallel == "fsdp" and self.step.mixed_precision == "fp16":
@@ -141,11 +147,11 @@ class TrainSettings:
     def components(self) -> dict[str, Component]:
         """The user's own parts, by flag."""
         named = {
-            "--loss": self.gpt.loss,
-            "--conditioning": self.gpt.conditioning,
-            "--patch-schedule": self.patches.patch_schedule,
+            "--loss": (self.gpt.loss, ("hidden", "weight", "targets")),
+            "--conditioning": (self.gpt.conditioning, ("args",)),
+            "--patch-schedule": (self.patches.patch_schedule, ("step", "steps")),
         }
-        return {flag: load_component(text, flag) for flag, text in named.items() if text is not None}
+        return {flag: load_component(text, flag, given) for flag, (text, given) in named.items() if text is not None}
 
     def schedules(self, images: int) -> tuple[PatchSchedule, LearningRate]:
         """Patch sides and learning rates over all steps. Raises `UserError` for those that cannot be."""

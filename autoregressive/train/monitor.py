@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torchvision.utils import save_image
 
 from autoregressive.models.generate import generate
 from autoregressive.models.load import check_tokenizer
@@ -12,6 +11,7 @@ from autoregressive.models.losses import patch_loss
 from autoregressive.train.config import TrainSettings
 from autoregressive.train.cost import peak_flops, schedule_flops
 from autoregressive.train.schedule import PatchSchedule
+from dataset.code_check import refuse_unsound
 from dataset.code_dataset import CodeDataset
 from dataset.code_store import find_stores
 from dataset.conditions import open_conditions, rows_of
@@ -23,7 +23,6 @@ from utils.engine.parallel import autocast, bare
 from utils.engine.periodic import Periodic
 from utils.engine.run import TrainingRun
 from utils.engine.state import Trained, full_model_state, seed_step
-from utils.files import atomic_file
 from utils.program import UserError
 from utils.settings import refuse_differences
 
@@ -53,7 +52,7 @@ class Monitor:
             written = lambda step: training.metrics.has(step, "val_loss")  # noqa: E731
             self._watched += [Periodic(chosen.monitor.val_every, total, self._validate, written, world)]
         if self.tokenizer is not None:
-            drawn = lambda step: self._grid_path(step).exists()  # noqa: E731
+            drawn = lambda step: training.picture(step).exists()  # noqa: E731
             self._watched += [Periodic(chosen.monitor.sample_every, total, self._sample_grid, drawn, world)]
 
     def row_after(self, step: int) -> Callable[[dict], dict]:
@@ -123,10 +122,20 @@ class Monitor:
         refuse_differences(
             f"{store.path} was extracted", known, ours, "extract held-out images the same way as the training images"
         )
-        conditions = chosen.monitor.val_conditions
-        return CodeDataset(
-            [store], augment=False, conditions=open_conditions(conditions, len(store)) if conditions else None
-        )
+        classes = None if chosen.monitor.val_conditions else self.model_args.num_classes
+        refuse_unsound(store, self.model_args.vocab_size, classes, self.world)
+        return CodeDataset([store], augment=False, conditions=self._open_val_conditions(len(store)))
+
+    def _open_val_conditions(self, images: int) -> np.ndarray | None:
+        ours, theirs = self.chosen.data.conditions, self.chosen.monitor.val_conditions
+        if theirs is None:
+            return None
+        held_out, expected = open_conditions(theirs, images), open_conditions(ours)
+        if held_out.shape[1:] != expected.shape[1:]:
+            raise UserError(
+                f"{theirs} has {held_out.shape[1:]} values per image, {ours} has {expected.shape[1:]}; make both alike."
+            )
+        return held_out
 
     def _open_tokenizer(self):
         monitor, trained_on = self.chosen.monitor, self.training.config["tokenizer"]
@@ -183,9 +192,6 @@ class Monitor:
         loss_sum, count = self.world.sum(total).tolist()
         return loss_sum / count
 
-    def _grid_path(self, steps_done: int):
-        return self.training.folder.path / "samples" / f"{steps_done:07d}.png"
-
     def _conditions_to_draw(self) -> torch.Tensor:
         """Eight classes, or rows of the conditions, spread over all; each as often as a row of the grid is long."""
         path = self.chosen.data.conditions
@@ -196,6 +202,8 @@ class Monitor:
     @torch.no_grad()
     def _sample_grid(self, steps_done: int) -> None:
         """`samples/{step}.png`: a row per class, from the averaged weights where they are kept."""
+        from torchvision.utils import save_image  # which training alone does not need
+
         state = full_model_state(self.trained, self.world)
         if self.world.is_main:
             args, cond = self.model_args, self._conditions_to_draw().to(self.world.device)
@@ -204,8 +212,8 @@ class Monitor:
             seed_step(self.chosen.step.global_seed, 0, 0)  # the same noise each time, so that grids show the training
             codes = generate(model, cond, args.block_size, self.chosen.monitor.sample_cfg_scale)
             images = torch.cat([self.tokenizer.decode_indices(c.view(-1, *args.grid)) for c in codes.split(8)])
-            with atomic_file(self._grid_path(steps_done)) as file:
-                save_image(images, file, "png", nrow=GRID_IMAGES // GRID_CLASSES, normalize=True, value_range=(-1, 1))
+            layout = {"nrow": GRID_IMAGES // GRID_CLASSES, "normalize": True, "value_range": (-1, 1)}
+            self.training.save_picture(steps_done, lambda file: save_image(images, file, "png", **layout))
         self.world.barrier()
         self.training.metrics.restart_clock()
 

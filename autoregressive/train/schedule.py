@@ -4,6 +4,7 @@ Learning rates are another matter (utils/engine/learning_rate.py); they only sha
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from autoregressive.models.patch import check_patch_side
 from utils.settings import recipe, settings
+
+MOST_STEPS = 10**8  # sides are kept in memory: 0.8 GB
 
 
 @settings("patch schedule")
@@ -68,8 +71,7 @@ def coarse_to_fine(
     """
     if patch_level > 1 and epoch_rate >= 1:
         raise ValueError(f"--epoch-rate must lie between 0 and 1, got {epoch_rate:g}")
-    if steps_per_epoch < 1:
-        raise ValueError("the data must hold at least one batch; lower --global-batch-size")
+    _check_size(epochs, steps_per_epoch)
     sides = [2 ** (patch_level - 1 - level) for level in range(patch_level)]
     if grid[0] % sides[0] or grid[1] % sides[0]:
         raise ValueError(
@@ -92,15 +94,25 @@ def own_schedule(
 ) -> PatchSchedule:
     """The schedule of a user's function of the step and the number of all steps, as a single stage.
 
-    Raises `ValueError` for a side that does not tile the `(height, width)` grid.
+    Raises `ValueError` for a side that is no whole number or does not tile the `(height, width)` grid.
     """
-    if steps_per_epoch < 1:
-        raise ValueError("the data must hold at least one batch; lower --global-batch-size")
+    _check_size(epochs, steps_per_epoch)
     total = epochs * steps_per_epoch
-    sides = np.array([side_at(step, total) for step in range(total)], dtype=np.int64)
+    chosen = [side_at(step, total) for step in range(total)]
+    for step, side in enumerate(chosen):
+        if not isinstance(side, numbers.Integral) or isinstance(side, bool):
+            raise ValueError(f"--patch-schedule gives {side!r} at step {step}; a patch side is a whole number")
+    sides = np.array(chosen, dtype=np.int64)
     for side in np.unique(sides):
         check_patch_side(grid, int(side))
     return PatchSchedule(sides, (total,), steps_per_epoch)
+
+
+def _check_size(epochs: int, steps_per_epoch: int) -> None:
+    if steps_per_epoch < 1:
+        raise ValueError("the data must hold at least one batch; lower --global-batch-size")
+    if epochs * steps_per_epoch > MOST_STEPS:
+        raise ValueError(f"--epochs {epochs} are {epochs * steps_per_epoch:,} steps, above {MOST_STEPS:,}; lower it")
 
 
 def _most_levels(grid: tuple[int, int]) -> int:

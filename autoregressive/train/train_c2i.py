@@ -6,18 +6,23 @@ bash scripts/autoregressive/train_c2i.sh --code-path CODES --image-size 256 --gp
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from autoregressive.models.conditioning import try_conditioning
 from autoregressive.train.compilation import compile_model, compile_sides
 from autoregressive.train.config import IMAGENET_IMAGES, TrainSettings
-from autoregressive.train.cost import plan_table
+from autoregressive.train.cost import parameters, plan_table
 from autoregressive.train.initial import load_initial
 from autoregressive.train.monitor import Monitor
 from autoregressive.train.schedule import PatchSchedule
+from dataset.code_check import refuse_unsound
 from dataset.code_dataset import CodeDataset, CodeLoader
+from dataset.code_identity import codes_hash
 from dataset.code_store import CodeStore, find_stores
 from dataset.conditions import conditions_identity, open_conditions
 from pretrained_models.catalogue import find_weights
+from utils.checkpoint import fingerprint
 from utils.commands import absolute_component, command
 from utils.distributed import World, init_world
 from utils.engine.learning_rate import LearningRate
@@ -25,7 +30,7 @@ from utils.engine.parallel import autocast, bare, distribute, sync_gradients
 from utils.engine.run import TrainingRun
 from utils.engine.state import Trained, seed_step
 from utils.engine.step import apply_gradients, make_adamw, set_learning_rate
-from utils.files import sha256
+from utils.memory import require_memory
 from utils.program import UserError, run
 from utils.settings import parse
 
@@ -40,7 +45,12 @@ def main() -> None:
         print_plan(chosen, schedule, rate, world)
     if chosen.dry_run:
         return
+    for store in stores:
+        refuse_unsound(
+            store, chosen.model.vocab_size, None if chosen.data.conditions else chosen.model.num_classes, world
+        )
     dataset = open_dataset(chosen, stores)
+    refuse_unfit_conditions(chosen, dataset)
     trained = build(chosen, stores, world)
     training = TrainingRun(
         resumed(chosen),
@@ -48,6 +58,7 @@ def main() -> None:
         world,
         model_name=chosen.gpt.gpt_model,
         data=data_identity(chosen, dataset),
+        content={"codes": [codes_hash(store) for store in stores]},
         config=model_record(chosen, stores),
         parts=[trained],
         milestones=schedule.stage_ends,
@@ -72,6 +83,7 @@ def train(
 ) -> None:
     """The method: at every step the schedule says how many codes one patch averages, and how fast to learn."""
     step_settings = chosen.step
+    monitor = Monitor(chosen, schedule, rate, trained, training, world)
     start = training.start()
     if chosen.machine.compile_on(world):
         compile_sides(step_settings, schedule, dataset, trained, training.scaler, world, start)
@@ -79,7 +91,6 @@ def train(
     loader = CodeLoader(
         dataset, batch_size, world.rank, world.size, seed, start, world.device, resident=chosen.data.codes_on_device
     )
-    monitor = Monitor(chosen, schedule, rate, trained, training, world)
     monitor.catch_up(start)
     trained.module.train()
     training.metrics.restart_clock()
@@ -135,9 +146,10 @@ def open_stores(chosen: TrainSettings) -> list[CodeStore]:
             f"the codes come from a codebook of {meta.codebook_size}, not {model.vocab_size}; use --vocab-size "
             f"{meta.codebook_size}."
         )
-    classes = meta.num_classes if meta.num_classes is not None else int(stores[0].labels.max()) + 1
-    if classes != model.num_classes and (meta.num_classes is not None or classes > model.num_classes):
-        raise UserError(f"{path} holds {classes} classes, not {model.num_classes}; use --num-classes {classes}.")
+    if meta.num_classes is not None and meta.num_classes != model.num_classes:
+        raise UserError(
+            f"{path} holds {meta.num_classes} classes, not {model.num_classes}; use --num-classes {meta.num_classes}."
+        )
     return stores
 
 
@@ -146,10 +158,25 @@ def open_dataset(chosen: TrainSettings, stores: list[CodeStore]) -> CodeDataset:
     return CodeDataset(stores, seed=chosen.step.global_seed, conditions=conditions)
 
 
+def refuse_unfit_conditions(chosen: TrainSettings, dataset: CodeDataset) -> None:
+    """Raise `UserError` if the user's own conditioning cannot use what there is of each image."""
+    if conditioning := chosen.components.get("--conditioning"):
+        args = chosen.model_args
+        conditions = torch.from_numpy(dataset.conditions_of(np.zeros(2, np.int64)))
+        try:
+            try_conditioning(conditioning.make(args), conditions, args.cls_token_num, args.dim)
+        except ValueError as error:
+            given = "check --conditions and --cls-token-num" if chosen.data.conditions else "give it by --conditions"
+            raise UserError(f"--conditioning {conditioning.spelling}: {error}; {given}.") from error
+
+
 def build(chosen: TrainSettings, stores: list[CodeStore], world: World) -> Trained:
     """The model on its device, wrapped for the world, its optimizer and average."""
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(chosen.step.global_seed)
+    size = parameters(chosen.model_args)
+    learning = 4 if world.device.type == "cpu" else 1  # weights, their gradients and two moments
+    require_memory(4 * size * learning, f"a {chosen.gpt.gpt_model} of {size:,} parameters", "choose a smaller model")
     model = chosen.build_model()
     if chosen.gpt.init_from:
         for line in load_initial(model, chosen.gpt, stores[0].meta):
@@ -191,7 +218,7 @@ def data_identity(chosen: TrainSettings, dataset: CodeDataset) -> dict:
     ]
     found = {"codes": codes} | {flag[2:]: component.identity for flag, component in chosen.components.items()}
     if chosen.gpt.init_from:
-        found["init_from"] = f"sha256 {sha256(find_weights(chosen.gpt.init_from))}"
+        found["init_from"] = f"sha256 {fingerprint(find_weights(chosen.gpt.init_from))}"
     if dataset.conditions is not None:
         found["conditions"] = conditions_identity(dataset.conditions)
     return found

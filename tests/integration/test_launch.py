@@ -239,6 +239,11 @@ def test_slurm_variables_make_the_same_world(tmp_path):
         ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK must be a whole number from 0 to 1, got 2"),
         ({"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT must be a whole number from 1 to"),
         ({"NNODES": "2", "MASTER_ADDR": "no such", "NODE_RANK": "1"}, "MASTER_ADDR no such is no address"),
+        ({"SLURM_JOB_NODELIST": "a[1-", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1"}, "scontrol does not name the nodes"),
+        (
+            {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "1", "SLURM_LOCALID": "3"},
+            "starts several tasks per node; start",
+        ),
         ({"PYTHON": "/nowhere/python"}, "there is no interpreter /nowhere/python"),
     ],
 )

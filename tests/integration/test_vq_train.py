@@ -1,6 +1,7 @@
 """Training a tokenizer: exact resume, any world, a discriminator that starts on time, weights alone, refusals."""
 
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -277,6 +278,7 @@ def test_dead_codes_move_onto_encoder_outputs():
         ({"--init-from": "/nowhere.pt"}, "there is no checkpoint"),
         ({"--resume": "/nowhere.pt"}, "there is no checkpoint"),
         ({"--codebook-size": 0}, "--codebook-size must be at least 1"),
+        ({"--codebook-size": 10**14}, "training a codebook of 400,000,000,000,000 numbers takes 5.7 PiB of memory"),
         ({"--disc-start": -1}, "--disc-start must be at least 0"),
         (
             {"--perceptual-weight": 1, "--lpips-vgg-path": "/nowhere", "--lpips-linear-path": "/nowhere"},
@@ -301,6 +303,30 @@ def test_refuses_broken_images_and_other_models(images, alone, tmp_path):
     other = {"--init-from": alone / "run/checkpoints/0000012.pt", "--codebook-size": 32}
     assert train(command(images, tmp_path / "b", more=other), output=tmp_path / "log2") == [2]
     assert "does not fit this model" in (tmp_path / "log2").read_text()
+
+
+def test_other_images_and_other_first_weights_are_another_run(images, alone, tmp_path):
+    """Known by what they are: the number of images and the name of a file may be the same."""
+    shutil.copytree(images, tmp_path / "images")
+    shutil.copytree(alone / "run", tmp_path / "results/run")
+    (tmp_path / "images/class_0/00.png").rename(tmp_path / "images/class_0/zero.png")
+    arguments = command(tmp_path / "images", tmp_path / "results", "--ema", "--disc-adaptive-weight", more=GENTLE)
+    assert train(arguments, output=tmp_path / "log") == [2]
+    assert "with other settings: image list (" in (tmp_path / "log").read_text()
+    weights = tmp_path / "weights.pt"
+    for number in range(2):
+        torch.save({"model": last_checkpoint(alone)["model"], "number": number}, weights)
+        more = {"--init-from": weights, "--epochs": 2, "--disc-weight": 0}
+        expected = [2 * number]
+        assert train(command(images, tmp_path / "from", more=more), output=tmp_path / "log2") == expected
+    assert "with other settings: init_from (sha256 " in (tmp_path / "log2").read_text()
+
+
+def test_a_training_that_diverges_is_not_trained(images, tmp_path):
+    more = {"--lr": 1e30, "--warmup-epochs": 0, "--max-grad-norm": 0, "--disc-weight": 0}
+    assert train(command(images, tmp_path, more=more), output=tmp_path / "log") == [2]
+    assert "training has diverged; use" in (tmp_path / "log").read_text()
+    assert "trained:" not in (tmp_path / "log").read_text()
 
 
 def test_a_start_after_the_end_is_announced(images, tmp_path):

@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over(codes, uninterrupted, tmp_path):
 
 
 def test_random_kills_lose_at_most_the_interval(codes, uninterrupted, tmp_path):
-    """At least 50 kills at random moments: progress never falls behind the last checkpoint, and the end is the same."""
+    """Kills at random moments (tests/soak has more): no progress is lost, and the end is the same."""
     arguments = command(codes, tmp_path, "--ema", every={"--ckpt-every": 1})
     reached = tmp_path / "reached"
     reached.write_text("0")
@@ -99,7 +99,7 @@ def test_random_kills_lose_at_most_the_interval(codes, uninterrupted, tmp_path):
         shrink_gpt()
 
     kills, moment = 0, random.Random(0)
-    while kills < 50:
+    while kills < 10:
         before = int(reached.read_text() or 0)
         status = _train_and_kill(arguments, tell_progress, moment.uniform(0.01, 0.6))
         newest = newest_complete(tmp_path / "run/checkpoints")

@@ -2,34 +2,42 @@
 
 import importlib
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from utils.program import UserError
 from utils.settings import make_parser, parse
 
-PROGRAMS = {
-    "autoregressive.sample.sample_c2i": "PictureSettings",
-    "autoregressive.sample.sample_c2i_ddp": "SampleSettings",
-    "autoregressive.train.extract_codes_c2i": "ExtractionSettings",
-    "autoregressive.train.train_c2i": "TrainSettings",
-    "autoregressive.train.verify_codes": "VerifySettings",
-    "dataset.convert_codes": "ConversionSettings",
-    "evaluations.c2i.evaluator": "EvaluatorSettings",
-    "evaluations.c2i.train_classifier": "ClassifierSettings",
-    "pretrained_models.download": "DownloadSettings",
-    "tokenizer.tokenizer_image.reconstruct": "ReconstructSettings",
-    "tokenizer.tokenizer_image.vq_train": "VQTrainSettings",
-}
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("autoregressive", "dataset", "evaluations", "pretrained_models", "scripts", "tokenizer")
 NUMBERS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**30), "two", "1.5", "")
 
 
+def programs() -> list[tuple[str, str]]:
+    """(module, name of its settings) of every program: what is started and parses a command line."""
+    found = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            text = path.read_text()
+            parsed = re.search(r"= parse\(\s*(\w+),", text)
+            if parsed and '__name__ == "__main__"' in text:
+                found.append((".".join(path.relative_to(ROOT).with_suffix("").parts), parsed[1]))
+    return found
+
+
 def numeric_flags():
-    for module, name in PROGRAMS.items():
+    for module, name in programs():
         cls = getattr(importlib.import_module(module), name)
         for action in make_parser(cls, "")._actions:
             if action.type in (int, float):
-                yield pytest.param(cls, action, id=f"{module.rpartition('.')[2]}-{action.dest}")
+                yield pytest.param(cls, action, id=f"{module}-{action.dest}")
+
+
+def test_the_programs_are_found():
+    assert {"autoregressive.train.train_c2i", "evaluations.c2i.evaluator"} < {module for module, _ in programs()}
+    assert len(programs()) > 12
 
 
 def required(cls, but: str) -> list[str]:

@@ -1,6 +1,8 @@
 """The log of a run: rows, and the loggers beside `metrics.jsonl`."""
 
+import errno
 import json
+import resource
 import sys
 import types
 
@@ -39,6 +41,32 @@ def test_every_logger_gets_the_numbers_of_every_row(tmp_path):
     for logger in loggers:
         assert logger.rows == [(3, {"loss": 2.0, "norm": float("inf")})]
         assert logger.closed
+
+
+class FullDisk(Recorder):
+    def write(self, step, values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_costs_no_row(tmp_path, capsys):
+    """Rows wait in memory until there is space; a logger that cannot write is left out."""
+    good = Recorder()
+    metrics = Metrics(tmp_path / "metrics.jsonl", ALONE, 10, [FullDisk(), good])
+    metrics.write(1, {"loss": 1.0})
+    limit, size = resource.getrlimit(resource.RLIMIT_FSIZE), (tmp_path / "metrics.jsonl").stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limit[1]))  # a part of a row
+        metrics.write(2, {"loss": 2.0})
+        metrics.write(3, {"loss": 3.0})
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    metrics.write(4, {"loss": 4.0})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2, 3, 4]
+    assert [step for step, _ in good.rows] == [1, 2, 3, 4]
+    said = capsys.readouterr().err
+    assert said.count("FullDisk could not be written (No space left on device); training goes on without it") == 1
+    assert said.count("metrics.jsonl could not be written (File too large); training goes on, and its rows are") == 1
 
 
 def test_an_early_row_leaves_the_next_one_as_it_would_be(tmp_path):
@@ -86,6 +114,20 @@ def test_weights_and_biases_beside_tensorboard(wandb, tmp_path):
     assert [values["step"] for values in logged] == [2, 4, 6, 8, 10, 12]
     assert [values["lr"] for values in logged] == [row["lr"] for row in rows(tmp_path)]
     assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_weights_and_biases_without_a_login(wandb, monkeypatch, tmp_path):
+    def refuse(**values):
+        raise RuntimeError("api_key not configured (no-tty).\nmore")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    arguments = command(tiny_store(tmp_path / "codes"), tmp_path / "results", "--wandb")
+    assert train(arguments, output=tmp_path / "log") == [2]
+    assert (
+        "error: --wandb: Weights & Biases does not start (api_key not configured (no-tty)); run `wandb login`, or set "
+        "WANDB_MODE=offline.\n" in (tmp_path / "log").read_text()
+    )
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_package_that_is_not_there(monkeypatch, tmp_path):

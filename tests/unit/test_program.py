@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.processes import fork, wait
-from utils.files import atomic_file, sha256, write_json
+from utils.files import atomic_file, read_json, sha256, write_json
 from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError, end_with_launcher, run
 
 
@@ -44,6 +44,11 @@ def test_mistakes_of_the_user(error, sentence, tmp_path):
     assert status == 2
     assert text.startswith(sentence)
     assert text.count("\n") == 1
+
+
+def test_more_memory_than_there_is(tmp_path):
+    assert wait(fork(lambda: run(lambda: torch.zeros(1 << 48)), tmp_path / "log")) == 2
+    assert (tmp_path / "log").read_text().startswith("error: the memory is not enough; use smaller batches")
 
 
 def test_paths_that_cannot_be_right(tmp_path):
@@ -173,3 +178,33 @@ def test_files_are_complete_or_absent(tmp_path):
     assert (tmp_path / "x.json").read_text() == '{\n "a": 1\n}\n'
     (tmp_path / "empty").touch()
     assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_an_output_is_never_a_device(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in ("/dev/null", tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(UserError, match="is a device or a pipe; name a file"), atomic_file(path):
+            pass
+
+
+@pytest.fixture
+def file_size_limit():
+    """A function that limits the size of files to so many bytes, until the test ends."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_what_a_library_makes_of_a_failed_write_does_not_matter(file_size_limit, tmp_path):
+    file_size_limit(1 << 16)
+    with pytest.raises(OSError, match="File too large"), atomic_file(tmp_path / "weights.pt") as file:
+        torch.save({"w": torch.zeros(1 << 20)}, file)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b"\xff\x00", b"[" * 100_000])
+def test_damaged_json_is_named(content, tmp_path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.json is damaged \(.*\); extract again"):
+        read_json(tmp_path / "x.json", "extract again", "name")

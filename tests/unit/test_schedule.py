@@ -58,6 +58,7 @@ def test_without_scheduler_the_learning_rate_is_constant():
     [
         (dict(epochs=1), "level 1 of 2 .2x2 patches. would get no epoch"),
         (dict(steps_per_epoch=0), "must hold at least one batch"),
+        (dict(epochs=10**15), "--epochs 1000000000000000 are .* steps, above 100,000,000; lower it"),
         (dict(epoch_rate=1.0), "--epoch-rate must lie between 0 and 1"),
         (dict(patch_level=4, grid=(28, 28)), "8x8 patches, which do not tile the grid of 28x28 .* --patch-level 3"),
         (dict(patch_level=2, grid=(16, 15)), "2x2 patches, which do not tile the grid of 16x15 .* --patch-level 1"),
@@ -81,5 +82,8 @@ def test_a_schedule_of_your_own_is_one_stage():
     assert schedule.sides.tolist() == [4, 2, 4, 2, 4, 2]
     assert schedule.stages == [range(6)]
     assert schedule.steps_by_side(range(3)) == {4: 2, 2: 1}
+    for side in (2.0, 2.7, True, None, "2"):
+        with pytest.raises(ValueError, match="at step 0; a patch side is a whole number"):
+            own_schedule(lambda step, total: side, epochs=1, steps_per_epoch=3, grid=(8, 8))  # noqa: B023
     with pytest.raises(ValueError, match="do not tile a grid of 8x8"):
         own_schedule(lambda step, total: 3, epochs=1, steps_per_epoch=3, grid=(8, 8))

@@ -1,12 +1,14 @@
 """What the tokenizer's trainer starts from: its settings, models and optimizers, and what a run records."""
 
 import dataclasses
+import hashlib
+import os
 
 import torch
 from torch import nn
 
 from dataset.image_folder import ImageFolder
-from pretrained_models.catalogue import load_initial
+from pretrained_models.catalogue import find_weights, load_initial
 from tokenizer.base import TrainableTokenizer
 from tokenizer.tokenizer_image import lpips
 from tokenizer.tokenizer_image.load import DEFAULT_TOKENIZER, check_image_size, check_sizes, given_sizes, new_tokenizer
@@ -14,12 +16,14 @@ from tokenizer.tokenizer_image.lpips import LPIPSSettings, load_lpips
 from tokenizer.tokenizer_image.metrics import SSIM_WINDOW
 from tokenizer.tokenizer_image.vq_loss import LossSettings, PatchDiscriminator, VQLoss
 from tokenizer.tokenizer_image.vq_model import VectorQuantizer, VQ_models, VQModel
+from utils.checkpoint import fingerprint
 from utils.distributed import World
 from utils.engine.learning_rate import LearningRate, LearningRateSettings
 from utils.engine.parallel import bare, distribute
 from utils.engine.run import RunSettings
 from utils.engine.state import EMASettings, Trained
 from utils.engine.step import StepSettings, make_adamw
+from utils.memory import require_memory
 from utils.program import UserError
 from utils.settings import REQUIRED, SettingError, option, recipe, settings, with_defaults
 
@@ -126,6 +130,8 @@ def should_compile(settings: VQTrainSettings, world: World) -> bool:
 def make_tokenizer(settings: VQTrainSettings, world: World) -> tuple[Trained, str]:
     """The tokenizer with its optimizer, and its identity: the name, or what identifies a user's class."""
     chosen = settings.model
+    numbers = (chosen.codebook_size or 1) * (chosen.codebook_embed_dim or 1)
+    require_memory(16 * numbers, f"training a codebook of {numbers:,} numbers", "lower --codebook-size")
     torch.manual_seed(settings.step.global_seed)
     model, identity = new_tokenizer(
         chosen.vq_model,
@@ -192,8 +198,18 @@ def _adamw(settings: VQTrainSettings, module: nn.Module) -> torch.optim.Optimize
 
 def data_of(settings: VQTrainSettings, tokenizer: Trained, identity: str, folder: ImageFolder) -> dict:
     """What the settings leave open and changes the result: it identifies the run together with them."""
-    resolved = {"vq_model": identity, "init_from": settings.model.initial_weights, "images": len(folder)}
+    weights = settings.model.initial_weights
+    initial = f"sha256 {fingerprint(find_weights(weights))}" if weights else None
+    resolved = {"vq_model": identity, "init_from": initial, "images": len(folder)}
     return resolved | sizes_of(bare(tokenizer.module))
+
+
+def content_of(folder: ImageFolder) -> dict:
+    """What tells image folders of the same size apart: a hash of the images' paths below the folder."""
+    paths = hashlib.sha256()
+    for path in folder.paths:
+        paths.update(os.fsencode(path) + b"\0")
+    return {"image list": paths.hexdigest()[:16]}
 
 
 def config_of(settings: VQTrainSettings, tokenizer: Trained, identity: str) -> dict:

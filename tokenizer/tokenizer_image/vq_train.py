@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torchvision.utils import save_image
 
 from dataset.crops import to_model_range
 from dataset.image_batches import RandomViews, center_crop_batches, random_view_batches
@@ -21,6 +20,7 @@ from tokenizer.tokenizer_image.vq_model import to_uint8
 from tokenizer.tokenizer_image.vq_setup import (
     VQTrainSettings,
     config_of,
+    content_of,
     data_of,
     make_discriminator,
     make_loss,
@@ -35,7 +35,6 @@ from utils.engine.periodic import Periodic
 from utils.engine.run import TrainingRun
 from utils.engine.state import Trained, seed_step
 from utils.engine.step import apply_gradients, set_learning_rate
-from utils.files import atomic_file
 from utils.program import run
 from utils.settings import parse
 
@@ -58,6 +57,7 @@ def main() -> None:
         world=world,
         model_name=short_name(settings.model.vq_model),
         data=data_of(settings, tokenizer, identity, folder),
+        content=content_of(folder),
         config=config_of(settings, tokenizer, identity),
         parts=[tokenizer] if discriminator is None else [tokenizer, discriminator],
         milestones=[total_steps] if discriminator is None else [settings.loss.disc_start, total_steps],
@@ -82,13 +82,14 @@ def train(
 ) -> None:
     """The method: reconstruct, compare, update; from `--disc-start` on, then let the discriminator learn, too."""
     data, seed, revive_every = settings.data, settings.step.global_seed, settings.model.revive_dead_codes
+    held_out = list_image_folder(data.val_data_path) if data.val_data_path else None
     start = training.start()
     views = RandomViews(folder, data.image_size, seed, data.mirror)
     order = BatchOrder(len(folder), settings.step.global_batch_size, world.rank, world.size, seed)
     batches = random_view_batches(views, order, start, data.num_workers, world)
     validation = None
-    if data.val_data_path:
-        work = Validation(settings, tokenizer, training, world)
+    if held_out is not None:
+        work = Validation(settings, held_out, tokenizer, training, world)
         validation = Periodic(data.val_every, training.total_steps, work.validate, work.is_done, world)
         validation.catch_up(start)
     tokenizer.module.train()
@@ -227,9 +228,11 @@ def complete_row(
 class Validation:
     """How well held-out images are reconstructed by the averaged weights, where they are kept; or by the raw ones."""
 
-    def __init__(self, settings: VQTrainSettings, tokenizer: Trained, training: TrainingRun, world: World):
-        self.settings, self.tokenizer, self.training, self.world = settings, tokenizer, training, world
-        self.folder = list_image_folder(settings.data.val_data_path)
+    def __init__(
+        self, settings: VQTrainSettings, folder: ImageFolder, tokenizer: Trained, training: TrainingRun, world: World
+    ):
+        self.settings, self.folder, self.tokenizer = settings, folder, tokenizer
+        self.training, self.world = training, world
 
     def is_done(self, steps_done: int) -> bool:
         return self.training.metrics.has(steps_done, "val_")
@@ -266,9 +269,10 @@ class Validation:
 
     def _save_picture(self, images: torch.Tensor, reconstructions: torch.Tensor, steps_done: int) -> None:
         """`samples/{step}.png`: images above, reconstructions below."""
+        from torchvision.utils import save_image  # which training alone does not need
+
         rows = torch.cat([images[:PICTURE_IMAGES], reconstructions[:PICTURE_IMAGES]]).float() / 255
-        with atomic_file(self.training.folder.path / "samples" / f"{steps_done:07d}.png") as file:
-            save_image(rows, file, "png", nrow=len(rows) // 2)
+        self.training.save_picture(steps_done, lambda file: save_image(rows, file, "png", nrow=len(rows) // 2))
 
 
 def _print_next_commands(settings: VQTrainSettings, checkpoint: Path) -> None:

@@ -5,14 +5,15 @@ import shutil
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from utils.files import atomic_file
+from utils.files import atomic_file, sweep, warn_unwritten
+from utils.program import UserError
+from utils.weight_files import verify_archive
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -22,9 +23,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def is_complete(path: Path) -> bool:
     """Whether every byte of a checkpoint is as it was written (the archive's own checksums)."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+        verify_archive(path)
+        return True
+    except (UserError, OSError):
         return False
 
 
@@ -47,8 +48,8 @@ class CheckpointWriter:
     """Writes checkpoints in a background thread, one at a time, and removes the ones no longer wanted.
 
     `last.pt` is a symlink to the newest. Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps
-    for which `keep_forever` is true. `mirrors` are further folders that get a copy. A full disk warns and training
-    goes on with the last good file.
+    for which `keep_forever` is true. `mirrors` are further folders that get a copy. A write that fails (a full disk, a
+    quota, a file-size limit) warns, and training goes on with the last good file.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         for each in self.folders:
-            for leftover in each.glob(".*.pt.*.tmp"):  # of a run that was killed while writing
-                leftover.unlink(missing_ok=True)
+            there = next(path for path in (each, *each.parents) if path.exists())
+            if not there.is_dir():
+                raise UserError(f"checkpoints cannot go into {each}: {there} is no folder; name another path.")
+            sweep(each)
             for step in saved_steps(each)[-1:]:  # a run may be killed after a checkpoint and before what follows it
                 _point_last_at(checkpoint_path(each, step))
         for step in saved_steps(folder)[-1:]:
@@ -77,7 +80,7 @@ class CheckpointWriter:
         self._start(partial(self._write, step, state))
 
     def wait(self) -> None:
-        """Return once the last `save` is on the disk; raises what its thread raised, except for a full disk."""
+        """Return once the last `save` is on the disk; raises what its thread raised, except for a failed write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -114,14 +117,9 @@ class CheckpointWriter:
             _point_last_at(path)
             self._prune(folder)
             return True
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise  # only that is how torch.save reports a failed write
-            reason = str(error).splitlines()[0]
-            print(
-                f"warning: {path} could not be written ({reason}); training goes on, the last good checkpoint stays; "
-                "free some space there.",
-                file=sys.stderr,
+        except OSError as error:
+            warn_unwritten(
+                path, error, "training goes on and tries again at the next checkpoint; the last good one stays"
             )
             return False
 

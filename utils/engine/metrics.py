@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,8 +13,11 @@ from typing import Protocol
 import torch
 
 from utils.distributed import World
+from utils.files import append, atomic_file, warn_unwritten
 from utils.program import UserError
 from utils.progress import progress
+
+ROW_BEGINS = '{"step": '
 
 
 class Logger(Protocol):
@@ -49,8 +51,16 @@ class WandbLogger:
     def __init__(self, folder: Path, config: dict):
         wandb, id_file = _package("wandb", "--wandb"), folder / "wandb-id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        self._run = wandb.init(id=id_file.read_text(), resume="allow", name=folder.name, dir=str(folder), config=config)
+            with atomic_file(id_file, "w") as file:
+                file.write(uuid.uuid4().hex)
+        which = {"id": id_file.read_text(), "resume": "allow", "name": folder.name, "dir": str(folder)}
+        try:
+            self._run = wandb.init(**which, config=config)
+        except Exception as error:  # no login, no network: errors of its own kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(
+                f"--wandb: Weights & Biases does not start ({reason}); run `wandb login`, or set WANDB_MODE=offline."
+            ) from error
         self._run.define_metric("*", step_metric="step")  # W&B's own step may not go back, as a continued run does
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -74,7 +84,8 @@ class Metrics:
         self._bar = progress(
             description="training", total=total_steps, unit="step", show=world.is_main, own_time_left=True
         )
-        self._loggers = loggers
+        self._loggers = list(loggers)
+        self._unwritten, self._refused = "", False  # rows that a full disk has not taken yet
 
     def resume(self, step: int, state: dict | None) -> None:
         """Continue after `step`: forget rows that will be written again, take up the sums since the last one."""
@@ -83,10 +94,11 @@ class Metrics:
             self._sums = {name: value.to(self.world.device) for name, value in state["sums"][self.world.rank].items()}
             self._counts = dict(state.get("counts") or dict.fromkeys(self._sums, state.get("steps")))
         if self.world.is_main and self.path.exists():
-            rows = [line for line in self.path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-            with open(self.path.with_suffix(".tmp"), "w") as file:
-                file.writelines(rows)
-            os.replace(self.path.with_suffix(".tmp"), self.path)
+            lines = self._lines()
+            kept = [line for line in lines if row_of(line)["step"] <= step]
+            if "".join(kept).encode() != self.path.read_bytes():
+                with atomic_file(self.path, "w") as file:
+                    file.writelines(kept)
 
     def state(self) -> dict:
         """For a checkpoint: every rank must call it."""
@@ -140,20 +152,52 @@ class Metrics:
             return
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         not_in_json = {name: None for name, value in numbers.items() if not math.isfinite(value)}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values, **not_in_json}) + "\n")
-        for logger in self._loggers:
-            logger.write(step, numbers)
+        self._unwritten += json.dumps({"step": step, **values, **not_in_json}) + "\n"  # so begins ROW_BEGINS
+        self._write_rows()
+        for logger in list(self._loggers):
+            try:
+                logger.write(step, numbers)
+            except OSError as error:
+                warn_unwritten(
+                    type(logger).__name__, error, "training goes on without it until the run is started again"
+                )
+                self._loggers.remove(logger)
+
+    def _write_rows(self) -> None:
+        """Append the rows that are not on the disk yet; where it takes none, they wait for the next one."""
+        try:
+            append(self.path, self._unwritten)
+            self._unwritten, self._refused = "", False
+        except OSError as error:
+            if not self._refused:
+                warn_unwritten(self.path, error, "training goes on, and its rows are written when there is space again")
+            self._refused = True
 
     def last_step(self) -> int:
         """The step of the last row (main rank); 0 without any."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return max((int(step) for line in lines if (step := _step_of(line)) != math.inf), default=0)
+        return max((row_of(line)["step"] for line in self._lines()), default=0)
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether a row of `step` holds a value whose name begins with `prefix` (main rank)."""
-        rows = map(json.loads, self.path.read_text().splitlines()) if self.path.exists() else ()
+        rows = map(row_of, self._lines())
         return any(row["step"] == step and any(name.startswith(prefix) for name in row) for row in rows)
+
+    def _lines(self) -> list[str]:
+        """The rows on the disk, without the one at the end that a kill or a power cut has torn.
+
+        Raises `UserError` for what else is no row.
+        """
+        if not self.path.exists():
+            return []
+        *lines, rest = self.path.read_text("utf-8", errors="replace").split("\n")
+        torn = rest.strip("\0")[: len(ROW_BEGINS)]
+        for number, line in enumerate(lines if ROW_BEGINS.startswith(torn) else [*lines, rest], 1):
+            if row_of(line) is None:
+                raise UserError(
+                    f"{self.path} is damaged: line {number} is no row of this log; mend or remove that line, or put a "
+                    "good copy there."
+                )
+        return [f"{line}\n" for line in lines]
 
     def show(self, text: str) -> None:
         """Text at the end of the progress bar."""
@@ -166,15 +210,19 @@ class Metrics:
 
     def close(self) -> None:
         self._bar.close()
+        if self._unwritten:
+            self._write_rows()
         for logger in self._loggers:
             logger.close()
 
 
-def _step_of(line: str) -> float:
+def row_of(line: str) -> dict | None:
+    """The row in a line of `metrics.jsonl`; None for anything else."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the last line of a killed run
-        return math.inf
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _package(name: str, flag: str) -> ModuleType:

@@ -18,8 +18,11 @@ def distribute(model: nn.Module, world: World, mode: str, precision: str) -> nn.
 
     Alone in the world it stays bare.
     """
-    if world.size == 1:
-        return model
+    return model if world.size == 1 else wrap(model, world, mode, precision)
+
+
+def wrap(model: nn.Module, world: World, mode: str, precision: str) -> nn.Module:
+    """As `distribute`, whatever the number of processes; there must be a process group."""
     if mode == "ddp":
         # Models are compiled piece by piece, and gradients leave with each; DDP would cut the pieces smaller.
         torch._dynamo.config.optimize_ddp = False

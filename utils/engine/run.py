@@ -8,16 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from utils.checkpoint import read_checkpoint
 from utils.distributed import World
-from utils.engine.checkpoint_files import CheckpointWriter, checkpoint_path, is_complete, newest_complete, saved_steps
+from utils.engine.checkpoint_files import CheckpointWriter, checkpoint_path, newest_complete, saved_steps
 from utils.engine.metrics import Logger, Metrics, TensorBoardLogger, WandbLogger
-from utils.engine.run_folder import default_run_name, open_run_folder
-from utils.engine.state import Trained, capture_state, restore_state
+from utils.engine.run_folder import RunFolder, RunIdentity, default_run_name
+from utils.engine.state import Trained, averages_record, capture_state, own_weights, restore_state
+from utils.files import atomic_file, warn_unwritten
 from utils.program import UserError
 from utils.settings import (
     SettingError,
@@ -34,6 +35,7 @@ from utils.settings import (
 FIRST_SAVE = 2  # minutes; from then on the interval doubles up to --ckpt-minutes
 EARLY_ROW = 60  # seconds between rows until the first one of --log-every
 STOPPED_STATUS = 143  # 128 + SIGTERM
+LAST_STEPS = 10  # of a run: if none of them has learned anything, it has diverged
 
 
 @settings("run folder, checkpoints, log")
@@ -80,12 +82,15 @@ class RunSettings:
 class TrainingRun:
     """One run: its folder, metrics and checkpoints.
 
-    `program` are all settings of the trainer and `data` what identifies what it learns from: those that change the
-    result name the folder and decide whether it may be continued. `config` is what later programs must know of the
-    weights; it goes into `config.json` and every checkpoint. `places` are paths of what it was learned from, which a
-    checkpoint only notes. `parts` are what learns. `milestones` are steps that are always logged, saved and kept; the
-    last is the end. After `start`, call `end_step` once per step; it may end the process (SIGTERM).
+    `program` are all settings of the trainer and `data` what describes what it learns from: those that change the
+    result name the folder and decide whether it may be continued; so does `content`, hashes that tell such data apart,
+    but for the name. `config` is what later programs must know of the weights; it goes into `config.json` and every
+    checkpoint. `places` are paths of what it was learned from, which a checkpoint only notes. `parts` are what learns.
+    `milestones` are steps that are always logged, saved and kept; the last is the end. Nothing is written before
+    `start`; after it, call `end_step` once per step; it may end the process (SIGTERM).
     """
+
+    metrics: Metrics  # from `start` on
 
     def __init__(
         self,
@@ -94,53 +99,62 @@ class TrainingRun:
         world: World,
         model_name: str,
         data: dict,
+        content: dict,
         config: dict,
         parts: Sequence[Trained],
         milestones: Sequence[int],
         scaler: torch.amp.GradScaler,
         places: dict[str, str] | None = None,
     ):
-        self.settings, self.args = settings, values_of(program)
-        self.world, self.config, self.parts, self.scaler, self.places = world, config, parts, scaler, places or {}
-        self.total_steps = max(milestones)
+        self.settings, self.args, self.config = settings, values_of(program), config
+        self.world, self.parts, self.scaler, self.places = world, parts, scaler, places or {}
+        self.total_steps, self.milestones = max(milestones), frozenset(milestones)
         parent = settings.cloud_save_path if settings.no_local_save else settings.results_dir
-        name = settings.run_name or default_run_name(model_name, unusual(program) | data)
-        self.folder = open_run_folder(
-            Path(parent) / name,
+        self._name = settings.run_name or default_run_name(model_name, unusual(program) | data)
+        self.folder = RunFolder(Path(parent) / self._name)
+        self._identity = RunIdentity(
             recipe=identity(program) | data,
             defaults=default_identity(type(program)),
-            config={"args": self.args, "config": config},
-            world=world,
+            content=content,
+            config={"args": self.args, "config": self.config},
         )
-        self.milestones = frozenset((*milestones, *self.folder.finished))
-        mirrored = settings.cloud_save_path and not settings.no_local_save
-        mirrors = [Path(settings.cloud_save_path) / name / "checkpoints"] if mirrored else []
-        self._writer = None
-        if world.is_main:
-            self._writer = CheckpointWriter(
-                self.folder.checkpoints, mirrors, settings.keep_last, settings.keep_hours, self.milestones.__contains__
-            )
-        self.metrics = Metrics(
-            self.folder.path / "metrics.jsonl", world, self.total_steps, self._loggers() if world.is_main else ()
-        )
+        self._writer: CheckpointWriter | None = None
         self._save_asked = self._stop_asked = self._logged_regularly = False
         self._skipped = torch.zeros(2, device=world.device)  # steps in all, and up to now in a row
         # Ranks agree on signals and on the clock by a collective on the CPU, which need not happen at every step.
         self._agree_every = 1 if world.size == 1 else min(10, settings.log_every)
 
     def start(self) -> int:
-        """Restore the newest checkpoint, if there is one; returns the number of steps already done."""
+        """Enter the run's folder and restore its newest checkpoint, if there is one; returns the steps already done."""
         signal.signal(signal.SIGTERM, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_save)
-        path = self.world.broadcast(self._checkpoint_to_resume() if self.world.is_main else None)
-        self._started = self._last_save = self._last_log = time.monotonic()
-        if path is None:
-            if lost := self.metrics.last_step():
-                self.metrics.say(
-                    f"{self.folder.path} was stopped after step {lost:,} and before its first checkpoint; starting anew"
-                )
-            self.metrics.resume(0, None)
-            return 0
+        with self.folder.enter(self._identity, self.world):
+            self.milestones |= {*self.folder.finished}
+            if self.world.is_main:
+                self._writer = self._open_writer()
+            path = self.world.broadcast(self._checkpoint_to_resume() if self.world.is_main else None)
+            loggers = self._loggers() if self.world.is_main else ()
+            self.metrics = Metrics(self.folder.path / "metrics.jsonl", self.world, self.total_steps, loggers)
+            self._started = self._last_save = self._last_log = time.monotonic()
+            return self._start_anew() if path is None else self._continue(path)
+
+    def _open_writer(self) -> CheckpointWriter:
+        chosen, mirrors = self.settings, []
+        if chosen.cloud_save_path and not chosen.no_local_save:
+            mirrors = [Path(chosen.cloud_save_path) / self._name / "checkpoints"]
+        return CheckpointWriter(
+            self.folder.checkpoints, mirrors, chosen.keep_last, chosen.keep_hours, self.milestones.__contains__
+        )
+
+    def _start_anew(self) -> int:
+        if self.world.is_main and (lost := self.metrics.last_step()):
+            self.metrics.say(
+                f"{self.folder.path} was stopped after step {lost:,} and before its first checkpoint; starting anew"
+            )
+        self.metrics.resume(0, None)
+        return 0
+
+    def _continue(self, path: Path) -> int:
         checkpoint = read_checkpoint(path) if self.world.is_main else {}
         restore_state(self.parts, checkpoint, self.world)
         progress = {key: checkpoint.get(key) for key in ("steps", "metrics", "skipped_steps", "scaler")}
@@ -148,6 +162,7 @@ class TrainingRun:
         same_world = progress["metrics"] and len(progress["metrics"]["sums"]) == self.world.size
         self.metrics.resume(progress["steps"], progress["metrics"] if same_world else None)
         self._skipped += torch.tensor(progress["skipped_steps"], device=self.world.device)
+        self._logged_regularly = progress["steps"] >= self.settings.log_every
         self.scaler.load_state_dict(progress["scaler"])
         for part in self.parts:
             if part.ema is not None:
@@ -162,7 +177,7 @@ class TrainingRun:
         milestone = steps_done in self.milestones
         regular_row = milestone or steps_done % self.settings.log_every == 0
         if regular_row:
-            self._stop_if_diverged(self._log(steps_done, log))
+            self._stop_if_diverged(self._log(steps_done, log), self.settings.max_skipped_steps)
         save, stop, early_row = self._agree(steps_done)
         if early_row and not regular_row:
             self._log(steps_done, log, regular=False)
@@ -189,12 +204,26 @@ class TrainingRun:
         state["scaler"] = self.scaler.state_dict()
         if self._writer is not None:
             state |= {"steps": steps_done, "args": self.args, "config": self.config, "places": self.places}
+            state["averages"] = averages_record(self.parts)
             self._writer.save(steps_done, state)
         self._last_save, self._save_asked = time.monotonic(), False
 
+    def save_picture(self, steps_done: int, write: Callable[[IO], None]) -> None:
+        """`samples/{step}.png`, written by `write` (main rank); a full disk is told, and training goes on."""
+        path = self.picture(steps_done)
+        try:
+            with atomic_file(path) as file:
+                write(file)
+        except OSError as error:
+            warn_unwritten(path, error, "training goes on without this picture")
+
+    def picture(self, steps_done: int) -> Path:
+        return self.folder.samples / f"{steps_done:07d}.png"
+
     def finish(self) -> Path:
-        """Wait for the last checkpoint and return its path."""
+        """Wait for the last checkpoint and return its path. Raises `UserError` if training has come to nothing."""
         path = self._finish_at(self.total_steps)
+        self._refuse_what_has_diverged()
         if self.world.is_main:
             self.folder.note_finished(self.total_steps)
         self.metrics.close()
@@ -206,6 +235,13 @@ class TrainingRun:
                 file=sys.stderr,
             )
         return path
+
+    def _refuse_what_has_diverged(self) -> None:
+        """Weights that are not finite, or none learned any more: of a short run, too."""
+        spoiled = [not weight.isfinite().all() for part in self.parts for weight in own_weights(part.module)]
+        if self.world.sum(torch.tensor(float(any(spoiled)))):
+            raise UserError(f"the weights are no finite numbers any more, training has diverged; {self._remedy}.")
+        self._stop_if_diverged(int(self._skipped[1]), min(LAST_STEPS, -(-self.total_steps // 2)))
 
     def _finish_at(self, steps_done: int) -> Path:
         path = checkpoint_path(self.folder.checkpoints, steps_done)
@@ -247,8 +283,6 @@ class TrainingRun:
                 f"{path} has {checkpoint['steps']:,} steps, this run ends at {self.total_steps:,}; raise "
                 "--epochs, or use --init-from to start from its weights alone."
             )
-        if not is_complete(path):
-            raise UserError(f"{path} is damaged; copy it again.")
         remedy = "give the same settings, or use --init-from"
         refuse_differences(f"{path} was trained", json_values(checkpoint["config"]), json_values(self.config), remedy)
         return path
@@ -270,13 +304,18 @@ class TrainingRun:
         wanted = [TensorBoardLogger(folder)] if self.settings.tensorboard else []
         return wanted + ([WandbLogger(folder, self.args)] if self.settings.wandb else [])
 
-    def _stop_if_diverged(self, skipped: int) -> None:
-        if skipped >= self.settings.max_skipped_steps:
+    def _stop_if_diverged(self, skipped: int, allowed: int) -> None:
+        if skipped >= allowed:
             raise UserError(
-                f"the gradients of {skipped} steps in a row were not finite; use --mixed-precision bf16, lower --lr or "
-                f"lengthen --warmup-epochs, in a new --run-name (--resume {self.folder.checkpoints}/… continues an "
-                "earlier checkpoint there)."
+                f"the gradients of {skipped} steps in a row were not finite, training has diverged; {self._remedy}."
             )
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            "use --mixed-precision bf16, lower --lr or lengthen --warmup-epochs, in a new --run-name "
+            f"(--resume {self.folder.checkpoints}/… continues an earlier checkpoint there)"
+        )
 
     def _leave(self, steps_done: int) -> None:
         self._finish_at(steps_done)

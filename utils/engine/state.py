@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from utils.distributed import World
 from utils.settings import recipe, settings
@@ -73,6 +74,11 @@ class EMA:
             self.swap()
 
     @property
+    def record(self) -> dict[str, float | str]:
+        """How the average was taken, for a checkpoint to say."""
+        return {"decay": self.decay, "warm_up": "(1 + n) / (10 + n)"}
+
+    @property
     def share_of_beginning(self) -> float:
         """How much of the average is still what the weights were before the first step."""
         return math.prod(self._decay_at(update) for update in range(self.updates))
@@ -86,6 +92,17 @@ class EMA:
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
+
+
+def averages_record(parts: Iterable[Trained]) -> dict[str, dict]:
+    """How each average was taken, under its name in a checkpoint."""
+    return {part.names[2]: part.ema.record for part in parts if part.ema is not None}
+
+
+def own_weights(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The weights on this rank: of sharded ones its share."""
+    for parameter in module.parameters():
+        yield parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
