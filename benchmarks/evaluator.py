@@ -1,14 +1,17 @@
-"""How fast the evaluator is against TensorFlow, SciPy and NumPy, in one run, alternating; prints a markdown table.
+"""How fast the evaluator is against TensorFlow, SciPy and NumPy, in one run, alternating.
 
     python -m benchmarks.evaluator                          # on the CPU, a few minutes
     python -m benchmarks.evaluator --device cuda --whole 50000
     python -m benchmarks.evaluator --images 64 --dimensions 512 --features 2000     # a quick look
 
-The graph has the widths of the published one and random weights unless --graph names another. `--whole N` times the
-entire evaluation of N random images against N, at most 10,000, from .npz to report, and gives its peak of host memory.
+"Published" is the column of what the public evaluator runs (its graph in TensorFlow, `scipy.linalg.sqrtm`), and where
+it runs TensorFlow on blocks, NumPy on blocks of rows. What is not installed is left out. The graph has the widths of
+the published one and random weights unless --graph names another. `--whole N` times the entire evaluation of N random
+images against N, at most 10,000, from .npz to report, and gives its peak of host memory. The floor of the features is
+their operations at the speed of a float32 matrix product measured in the same run.
 """
 
-import resource
+import os
 import subprocess
 import sys
 import time
@@ -19,21 +22,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import scipy.linalg
 import torch
 
+from benchmarks import machine
+from benchmarks.machine import chosen_device, counted_flops, describe, measured_speed
+from benchmarks.report import MeasurementSettings, Rows
 from evaluations.c2i.features import InceptionFeatures, TensorFlowFeatures
 from evaluations.c2i.metrics import KID_SUBSETS, Gaussian, frechet_distance, kernel_distance
 from evaluations.c2i.neighbours import density_coverage, precision_recall
 from tests.inception_graph import InceptionGraph
-from utils.program import run
+from utils.precision import forbid_tf32
+from utils.program import UserError, run
 from utils.settings import option, parse, recipe, settings
 
 
 @settings("benchmark")
 class BenchmarkSettings:
+    measurement: MeasurementSettings
     graph: Path | None = option(None, "classify_image_graph_def.pb; random weights without it")
-    device: str = recipe("cpu", "what computes")
     images: int = recipe(256, "images per timing of the features; 0 leaves them out", at_least=0)
     image_size: int = recipe(256, "pixels per side", at_least=1)
     batch_size: int | None = recipe(
@@ -41,96 +47,100 @@ class BenchmarkSettings:
     )
     dimensions: int = recipe(2048, "dimensions of the Fréchet distance; 0 leaves it out", at_least=0)
     features: int = recipe(10_000, "features per side for the metrics of single images; 0 leaves them out", at_least=0)
-    repeats: int = recipe(3, "the best of so many timings is reported", at_least=1)
+    repeats: int = option(3, "timings, of which the best counts", at_least=1)
     no_tensorflow: bool = recipe(False, "leave TensorFlow out")
+    compile: bool = recipe(True, "measure compiled and frozen convolutions, too")
     whole: int = recipe(0, "also evaluate so many random images from .npz to report", at_least=0)
 
 
 def main() -> None:
     settings = parse(BenchmarkSettings, "How fast the evaluator is against TensorFlow, SciPy and NumPy; a table.")
-    device = torch.device(settings.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device: {name}; PyTorch {torch.__version__}\n")
-    print("| what | how | time (s) | rate | ratio |\n|---|---|---|---|---|", flush=True)
+    device = chosen_device(settings.measurement.device)
+    forbid_tf32()  # as the evaluator
+    rows = Rows(settings.measurement.json, describe(device))
     with TemporaryDirectory() as folder:
         graph = settings.graph or InceptionGraph().save(Path(folder) / "graph.pb")
-        if settings.whole:  # first: the peak of memory is that of all processes so far
-            time_whole(settings, graph, Path(folder))
         if settings.images:
-            compare_features(settings, graph, device)
+            compare_features(settings, graph, device, rows)
         if settings.dimensions:
-            compare_frechet(settings, device)
+            compare_frechet(settings, device, rows)
         if settings.features:
-            compare_single_features(settings, device)
+            compare_single_features(settings, device, rows)
+        if settings.whole:
+            time_whole(settings, graph, Path(folder), device, rows)
 
 
-def compare_features(settings: BenchmarkSettings, graph: Path, device: torch.device) -> None:
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (settings.images, settings.image_size, settings.image_size, 3), dtype=np.uint8)
+def compare_features(settings: BenchmarkSettings, graph: Path, device: torch.device, rows: Rows) -> None:
+    random, count = np.random.default_rng(0), settings.images
+    images = random.integers(0, 256, (count, settings.image_size, settings.image_size, 3), dtype=np.uint8)
     batches = torch.from_numpy(images).split(settings.batch_size or (64 if device.type == "cpu" else 256))
-    networks = {
-        "PyTorch, folded": InceptionFeatures(graph, device),
-        "PyTorch, folded, compiled, frozen": InceptionFeatures(graph, device, compiled=True),
-    }
+    networks = {"eager": InceptionFeatures(graph, device)}
+    work = counted_flops(lambda: networks["eager"](batches[0][:1]))
+    if settings.compile:
+        networks["compiled, frozen"] = InceptionFeatures(graph, device, compiled=True)
     if not settings.no_tensorflow and find_spec("tensorflow"):
-        networks = {"TensorFlow": TensorFlowFeatures(graph, device)} | networks
+        networks["published"] = TensorFlowFeatures(graph, device)
 
     def all_batches(network: Callable) -> Callable[[], None]:
         return lambda: [network(batch).pool.cpu() for batch in batches]
 
     for network in networks.values():
         network(batches[0])  # allocation, autotuning, compilation
-    times = alternate({key: all_batches(network) for key, network in networks.items()}, settings.repeats)
-    print_rows(f"features of {settings.images} images", times, settings.images, "images/s")
+    times = alternate({key: all_batches(network) for key, network in networks.items()}, settings.repeats, device)
+    rates = {name: count / seconds for name, seconds in times.items()}
+    floor = measured_speed(device, torch.float32)[1] / work
+    for name in [name for name in networks if name != "published"]:
+        rows.add(
+            f"evaluator, features of {count} images, {name}", rates[name], "images/s", rates.get("published"), floor
+        )
     for network in networks.values():
         network.close()
 
 
-def compare_frechet(settings: BenchmarkSettings, device: torch.device) -> None:
-    random = np.random.default_rng(0)
-    mixing = random.normal(size=(settings.dimensions, settings.dimensions)) * np.geomspace(1, 1e-2, settings.dimensions)
-    sets = [random.normal(size=(settings.dimensions * 2, settings.dimensions)) @ mixing.T for _ in range(2)]
+def compare_frechet(settings: BenchmarkSettings, device: torch.device, rows: Rows) -> None:
+    random, size = np.random.default_rng(0), settings.dimensions
+    mixing = random.normal(size=(size, size)) * np.geomspace(1, 1e-2, size)
+    sets = [random.normal(size=(size * 2, size)) @ mixing.T for _ in range(2)]
     moments = [(features.mean(0), np.cov(features, rowvar=False)) for features in sets]
     gaussians = [Gaussian(*(torch.from_numpy(moment).to(device) for moment in pair)) for pair in moments]
-
-    def scipy_distance() -> float:
-        (mean, covariance), (other_mean, other_covariance) = moments
-        root = scipy.linalg.sqrtm(covariance @ other_covariance).real
-        return ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
-
-    difference = abs(frechet_distance(*gaussians)[0] / scipy_distance() - 1)
-    ways = {"scipy.linalg.sqrtm": scipy_distance, "ours": lambda: frechet_distance(*gaussians)}
-    times = alternate(ways, settings.repeats)
-    print_rows(f"Fréchet distance, {settings.dimensions} dimensions (agree to {difference:.0e})", times)
+    ways, more = {"here": lambda: frechet_distance(*gaussians)}, {}
+    if find_spec("scipy"):
+        ways["published"] = lambda: scipy_distance(*moments)
+        more["difference"] = f"{abs(frechet_distance(*gaussians)[0] / scipy_distance(*moments) - 1):.0e}"
+    times = alternate(ways, settings.repeats, device)
+    rows.add(f"Fréchet distance, {size} dimensions", times["here"], "s", times.get("published"), **more)
 
 
-def compare_single_features(settings: BenchmarkSettings, device: torch.device) -> None:
-    random = np.random.default_rng(0)
-    sets = [random.random((settings.features, 2048), dtype=np.float32) * (1 + 0.02 * index) for index in range(2)]
+def scipy_distance(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
+    import scipy.linalg
+
+    (mean, covariance), (other_mean, other_covariance) = first, second
+    root = scipy.linalg.sqrtm(covariance @ other_covariance).real
+    return ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
+
+
+def compare_single_features(settings: BenchmarkSettings, device: torch.device, rows: Rows) -> None:
+    random, count = np.random.default_rng(0), settings.features
+    sets = [random.random((count, 2048), dtype=np.float32) * (1 + 0.02 * index) for index in range(2)]
     tensors = [torch.from_numpy(features).to(device) for features in sets]
-    ways = {
-        "NumPy, blocks of rows, float32": lambda: numpy_precision_recall(*sets),
-        "ours, half": lambda: precision_recall(*tensors),
-        "ours, exact (float64)": lambda: precision_recall(*tensors, "exact"),
-    }
-    for way in ways.values():  # kernels are loaded
-        way()
-    repeats = max(1, settings.repeats - 2)
-    print_rows(f"Precision and Recall, {settings.features:,} x {settings.features:,}", alternate(ways, repeats))
-    size = min(1_000, settings.features)
+    size = min(1_000, count)
     subset = [features[:size].astype(np.float64) for features in sets]
     ways = {
-        f"NumPy, one subset times {KID_SUBSETS}": lambda: numpy_squared_mmd(*subset),
-        "ours": lambda: kernel_distance(*tensors, size),
+        "half": lambda: precision_recall(*tensors),
+        "exact": lambda: precision_recall(*tensors, "exact"),
+        "KID": lambda: kernel_distance(*tensors, size),
+        "density": lambda: density_coverage(*tensors),
+        "NumPy half": lambda: numpy_precision_recall(*sets),
+        "NumPy KID": lambda: numpy_squared_mmd(*subset),
+        "NumPy density": lambda: numpy_density_coverage(*sets),
     }
-    times = alternate(ways, repeats)
-    times[next(iter(ways))] *= KID_SUBSETS
-    print_rows(f"KID, subsets of {size:,}", times)
-    ways = {
-        "NumPy, blocks of rows, float32": lambda: numpy_density_coverage(*sets),
-        "ours, float64": lambda: density_coverage(*tensors),
-    }
-    print_rows(f"Density and Coverage, {settings.features:,} x {settings.features:,}", alternate(ways, repeats))
+    tensors[0][:8] @ tensors[1][:8].T  # kernels are loaded
+    times = alternate(ways, max(1, settings.repeats - 2), device)
+    pairs = f"{count:,} x {count:,}"
+    for kind in ("half", "exact"):
+        rows.add(f"Precision and Recall, {pairs}, {kind}", times[kind], "s", times["NumPy half"])
+    rows.add(f"KID, {KID_SUBSETS} subsets of {size:,}", times["KID"], "s", times["NumPy KID"] * KID_SUBSETS)
+    rows.add(f"Density and Coverage, {pairs}", times["density"], "s", times["NumPy density"])
 
 
 def numpy_precision_recall(reference: np.ndarray, sample: np.ndarray) -> tuple[float, float]:
@@ -170,19 +180,21 @@ def numpy_squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
     return within[0] + within[1] - 2 * kernel(first, second).mean()
 
 
-def time_whole(settings: BenchmarkSettings, graph: Path, folder: Path) -> None:
+def time_whole(settings: BenchmarkSettings, graph: Path, folder: Path, device: torch.device, rows: Rows) -> None:
     """The evaluator's own process on random images, reading and reporting included."""
     for name, count in (("reference", min(settings.whole, 10_000)), ("sample", settings.whole)):
         write_random_images(folder / f"{name}.npz", count, settings.image_size)
     command = [sys.executable, "-m", "evaluations.c2i.evaluator", folder / "reference.npz", folder / "sample.npz"]
-    command += ["--graph", graph, "--device", settings.device]
+    command += ["--graph", graph, "--device", device.type]
     command += ["--batch-size", str(settings.batch_size)] if settings.batch_size else []
     start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest process
-    how = f"ours, peak memory {peak:.2f} GiB"
-    print_rows(f"whole evaluation of {settings.whole:,} images", {how: seconds}, settings.whole, "images/s")
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)  # the peak of this process alone, not of all before it
+    elapsed = time.perf_counter() - start
+    if status:
+        raise UserError(f"the evaluator ended with status {os.waitstatus_to_exitcode(status)}; its message is above.")
+    name = f"whole evaluation of {settings.whole:,} images"
+    rows.add(name, elapsed, "s", peak_memory_gib=usage.ru_maxrss / 2**20, images_per_second=settings.whole / elapsed)
 
 
 def write_random_images(path: Path, count: int, size: int) -> None:
@@ -195,23 +207,10 @@ def write_random_images(path: Path, count: int, size: int) -> None:
             file.write(random.integers(0, 256, (min(500, count - start), size, size, 3), dtype=np.uint8).tobytes())
 
 
-def alternate(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
+def alternate(ways: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, float]:
     """The best time of each way, taken in turns so that all meet the same disturbances."""
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(repeats):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
-def print_rows(what: str, times: dict[str, float], count: int = 0, unit: str = "") -> None:
-    """Ratios are speed-ups over the first row."""
-    first = next(iter(times.values()))
-    for how, seconds in times.items():
-        rate = f"{count / seconds:,.1f} {unit}" if count else ""
-        print(f"| {what} | {how} | {seconds:.2f} | {rate} | {first / seconds:.2f} |", flush=True)
+    times = machine.alternate(ways, device, repeats, warm_up=0)
+    return {name: min(values) for name, values in times.items()}
 
 
 if __name__ == "__main__":

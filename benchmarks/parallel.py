@@ -13,12 +13,15 @@ import time
 import torch
 
 from autoregressive.models.generate import CodeGenerator
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.gpt import GPT_SIZES, Transformer
 from autoregressive.models.load import GPTSettings, build_gpt
 from autoregressive.models.packed_linear import pack_linears
 from autoregressive.models.parallel import make_generator
 from autoregressive.models.sampling import Sampling
 from autoregressive.sample.seeds import image_uniforms
+from benchmarks.machine import chosen_device, describe, synchronizer
+from benchmarks.report import MeasurementSettings, Rows
+from benchmarks.sampling import random_gpt
 from utils.precision import DTYPES, PRECISIONS
 from utils.program import run
 from utils.settings import option, parse, recipe, settings
@@ -26,8 +29,9 @@ from utils.settings import option, parse, recipe, settings
 
 @settings("parallel decoding benchmark")
 class BenchmarkSettings:
+    measurement: MeasurementSettings
     gpt_ckpt: str | None = recipe(None, "checkpoint of a trained GPT; it takes the place of --models")
-    models: tuple[str, ...] = recipe(("GPT-B",), "sizes of GPTs with random weights", choices=GPT_models)
+    models: tuple[str, ...] = recipe(("GPT-B",), "sizes of GPTs with random weights", choices=GPT_SIZES)
     windows: tuple[int, ...] = recipe((8, 16, 32), "codes drawn in one pass", at_least=2)
     batch_sizes: tuple[int, ...] = recipe((1, 2, 4, 8, 32), "images at once", at_least=1)
     draws: tuple[str, ...] = recipe(("gumbel", "inverse-cdf"), "how codes are drawn", choices=("gumbel", "inverse-cdf"))
@@ -38,15 +42,14 @@ class BenchmarkSettings:
     precision: str | None = recipe(None, "number format (default: bf16 on GPUs, none on CPUs)", choices=PRECISIONS)
     rounds: int = option(3, "runs of each kind, of which the fastest counts", at_least=1)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.precision or ("bf16" if torch.cuda.is_available() else "none")]
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        return DTYPES[self.precision or ("bf16" if device.type == "cuda" else "none")]
 
 
 def timed(generator: CodeGenerator, batches: list, most: int | None) -> tuple[int, float, torch.Tensor]:
     """Passes, seconds and codes of all `batches` of labels and uniform numbers, or of their first `most` passes."""
     passes, codes = 0, []
-    synchronize = torch.cuda.synchronize if generator.device.type == "cuda" else lambda: None
+    synchronize = synchronizer(generator.device)
     synchronize()
     started = time.perf_counter()
     for labels, uniforms in batches:
@@ -56,15 +59,7 @@ def timed(generator: CodeGenerator, batches: list, most: int | None) -> tuple[in
     return passes, time.perf_counter() - started, torch.cat(codes)
 
 
-def random_model(name: str, options: BenchmarkSettings, device: torch.device) -> Transformer:
-    side = options.image_size // 16
-    with device:
-        model = GPT_models[name](block_size=side * side, grid=(side, side))
-        torch.nn.init.normal_(model.output.weight, std=0.02)
-    return model.to(options.dtype).eval()
-
-
-def measure(name: str, model: Transformer, trained: bool, batch: int, options: BenchmarkSettings) -> None:
+def measure(name: str, model: Transformer, trained: bool, batch: int, options: BenchmarkSettings, rows: Rows) -> None:
     device, length = model.tok_embeddings.weight.device, model.args.block_size
     count = max(1, options.images // batch) if trained else 1
     images = torch.arange(count * batch)
@@ -83,35 +78,35 @@ def measure(name: str, model: Transformer, trained: bool, batch: int, options: B
     for kind, (draw, window) in enumerate(kinds):
         one_by_one = kinds.index((draw, 1))
         passes, _, codes = runs[0][kind]
-        line = f"{name:8} batch {batch:3} {draw:11} window {window:3}: "
+        what = f"{name}, batch {batch}, {draw}, window {window}"
         if trained:
-            line += f"{passes / count:5.1f} passes a batch, {passes / count / length:.2f} a code, "
-            line += f"{seconds[kind] / len(images):8.4f} s/image, "
-            line += f"{seconds[one_by_one] / seconds[kind]:5.2f} times as fast as one by one"
-            if not torch.equal(codes, runs[0][one_by_one][2]):
-                changed = (codes != runs[0][one_by_one][2]).double().mean()
-                line += f", {changed:.2%} of the codes are others"
+            changed = (codes != runs[0][one_by_one][2]).double().mean().item()
+            more = {"passes_per_batch": passes / count, "passes_per_code": passes / count / length}
+            per_image = [seconds[each] / len(images) for each in (kind, one_by_one)]
+            rows.add(f"image of {what}", per_image[0], "s", per_image[1], other_codes=f"{changed:.2%}", **more)
         else:
-            per_pass = [seconds[each] / runs[0][each][0] for each in (kind, one_by_one)]
-            line += f"{1000 * per_pass[0]:8.1f} ms a pass, pays below {per_pass[1] / per_pass[0]:.2f} passes a code"
-        print(line, flush=True)
+            per_pass = [1e3 * seconds[each] / runs[0][each][0] for each in (kind, one_by_one)]
+            pays = per_pass[1] / per_pass[0]
+            rows.add(f"pass of {what}", per_pass[0], "ms", per_pass[1], pays_below_passes_per_code=pays)
 
 
 def main() -> None:
     options = parse(BenchmarkSettings, __doc__.split("\n")[0])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{device}, {options.dtype}, {torch.get_num_threads()} threads", flush=True)
+    device = chosen_device(options.measurement.device)
+    title = f"{describe(device)}, {options.dtype_on(device)}; published: one by one"
+    rows = Rows(options.measurement.json, title)
     for name in (options.gpt_ckpt,) if options.gpt_ckpt else options.models:
         if options.gpt_ckpt:
-            model, info = build_gpt(GPTSettings(gpt_ckpt=name), dtype=options.dtype, device=device)
+            model, info = build_gpt(GPTSettings(gpt_ckpt=name), dtype=options.dtype_on(device), device=device)
             name = info.name
         else:
-            model = random_model(name, options, device)
+            side = options.image_size // 16
+            model = random_gpt(Transformer, name, side, options.dtype_on(device), device)
         if device.type == "cpu":
             pack_linears(model)
         for batch in options.batch_sizes:
             torch.compiler.reset()
-            measure(name, model, options.gpt_ckpt is not None, batch, options)
+            measure(name, model, options.gpt_ckpt is not None, batch, options, rows)
 
 
 if __name__ == "__main__":

@@ -1,130 +1,89 @@
-"""Training steps of the tokenizer: images/s compiled, not compiled, and by the published procedure in plain form.
+"""Training steps of the tokenizer: images/s here, eager and compiled, and by the published trainer's step.
 
-    python -m benchmarks.tokenizer                                          VQ-16 at 64 px, for two CPU cores
-    python -m benchmarks.tokenizer --image-size 256 --batch-size 16 --compile --mixed-precision bf16          a GPU
+    python -m benchmarks.tokenizer                                                          VQ-16 at 64 px, on a CPU
+    python -m benchmarks.tokenizer --image-size 256 --batch-size 16                         a GPU
 
-The baseline does before the discriminator's start what the published trainer does: float32 (TF32 on GPUs) in the
-default memory format, all distances between vectors and codes at once with an entropy term of weight 0, and a
-discriminator that judges and learns with weight 0. All have the same random weights, LPIPS's included, and take turns.
+Published: benchmarks/published_tokenizer.py, eager as there by default, before the discriminator's start. All have
+random weights, LPIPS's included, and take turns. The floor is what the step's products and convolutions alone would
+take at the device's peak, as in benchmarks.training.
 """
 
-import time
+import statistics
 from collections.abc import Callable
+from importlib.util import find_spec
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
-from tokenizer.base import QuantizerLosses
+from autoregressive.train.cost import peak_flops
+from benchmarks.machine import alternate, chosen_device, counted_flops, describe, device_name, measured_speed
+from benchmarks.published_tokenizer import PublishedLPIPS, PublishedVQStep
+from benchmarks.report import MeasurementSettings, Rows
 from tokenizer.tokenizer_image.lpips import LPIPS
-from tokenizer.tokenizer_image.vq_loss import PatchDiscriminator, VQLoss, hinge_discriminator_loss
-from tokenizer.tokenizer_image.vq_model import VectorQuantizer, VQ_models
+from tokenizer.tokenizer_image.vq_loss import VQLoss
+from tokenizer.tokenizer_image.vq_model import VQ_models
 from tokenizer.tokenizer_image.vq_setup import VQTrainSettings, make_tokenizer
 from tokenizer.tokenizer_image.vq_train import train_step
-from utils.distributed import World, init_world
-from utils.precision import PRECISIONS
+from utils.distributed import World
+from utils.precision import DTYPES, PRECISIONS
 from utils.program import run
-from utils.settings import parse, recipe, settings
+from utils.settings import option, parse, recipe, settings
 
 
-@settings("benchmark")
+@settings("tokenizer benchmark")
 class BenchmarkSettings:
+    measurement: MeasurementSettings
     vq_model: str = recipe("VQ-16", "tokenizer", choices=VQ_models)
     image_size: int = recipe(64, "pixels per side", at_least=32)
     batch_size: int = recipe(2, "images per step", at_least=1)
-    mixed_precision: str = recipe("none", "number format of the steps here", choices=PRECISIONS)
-    compile: bool = recipe(False, "also compiled")
-    repeats: int = recipe(3, "steps of each after the first", at_least=1)
+    mixed_precision: str = recipe("bf16", "number format of both", choices=PRECISIONS)
+    compile: bool | None = recipe(None, "also compiled (default: on GPUs)")
+    turns: int = option(3, "steps of each after the first, of which the median counts", at_least=1)
 
 
 def main() -> None:
     chosen = parse(BenchmarkSettings, __doc__.split("\n")[0])
-    world = init_world()
-    images = torch.rand(chosen.batch_size, 3, chosen.image_size, chosen.image_size, device=world.device) * 2 - 1
-    steps = {"published procedure": plain_step(chosen, images, world), "here": step_here(chosen, images, world, False)}
-    if chosen.compile:
-        steps["here, compiled"] = step_here(chosen, images, world, True)
-    seconds = {name: [] for name in steps}
-    for repeat in range(chosen.repeats + 1):
-        for name, step in steps.items():
-            elapsed = timed(step, world)
-            if repeat:  # the first one warms up and compiles
-                seconds[name].append(elapsed)
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    setup = f"{chosen.image_size} px, {chosen.batch_size} images per step, {chosen.mixed_precision}, {device}"
-    print(f"{chosen.vq_model}, {setup}")
-    baseline = np.median(seconds["published procedure"])
-    for name, values in seconds.items():
-        median = np.median(values)
-        print(f"{name:20} {chosen.batch_size / median:8.2f} images/s   {baseline / median:5.2f} times the baseline")
+    device = chosen_device(chosen.measurement.device)
+    if find_spec("torchvision") is None:
+        print("left out: LPIPS, which the tokenizer is trained with, needs torchvision")
+        return
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True  # as both trainers have it
+    precision, size = chosen.mixed_precision, chosen.image_size
+    images = torch.rand(chosen.batch_size, 3, size, size, device=device) * 2 - 1
+    published = PublishedVQStep(VQ_models[chosen.vq_model](), random_lpips(PublishedLPIPS, device), device, precision)
+    ways = {"published": lambda: published(images), "eager": step_here(chosen, images, device, False)}
+    if device.type == "cuda" if chosen.compile is None else chosen.compile:
+        ways["compiled"] = step_here(chosen, images, device, True)
+    work = counted_flops(ways["eager"])
+    peak = peak_flops(device_name(device)) if precision != "none" else None
+    peak = peak or measured_speed(device, DTYPES[precision])[1]
+    times = alternate(ways, device, chosen.turns)
+    rates = {name: chosen.batch_size / statistics.median(values) for name, values in times.items()}
+    rows = Rows(chosen.measurement.json, f"{describe(device)}; floor: {peak / 1e12:.2f} TFLOP/s")
+    for name in list(ways)[1:]:
+        what = f"tokenizer training {chosen.vq_model}, {size} px, batch {chosen.batch_size}, {precision}, {name}"
+        rows.add(what, rates[name], "images/s", rates["published"], chosen.batch_size * peak / work)
 
 
-def step_here(chosen: BenchmarkSettings, images: torch.Tensor, world: World, compiled: bool) -> Callable[[], None]:
+def step_here(
+    chosen: BenchmarkSettings, images: torch.Tensor, device: torch.device, compiled: bool
+) -> Callable[[], object]:
     flags = ["--data-path", "", "--vq-model", chosen.vq_model, "--image-size", str(chosen.image_size)]
     flags += ["--mixed-precision", chosen.mixed_precision, "--compile" if compiled else "--no-compile"]
-    training = parse(VQTrainSettings, "as trained", flags)
+    training, world = parse(VQTrainSettings, "as trained", flags), World(0, 1, 0, device)
     tokenizer, _ = make_tokenizer(training, world)
-    lpips = random_lpips(world).to(memory_format=torch.channels_last)
+    lpips = random_lpips(LPIPS, device).to(memory_format=torch.channels_last)
     if compiled:
         lpips.compile(dynamic=False)
-    loss = VQLoss(training.loss, lpips, world)
-    scaler = training.step.scaler(world)
+    loss, scaler = VQLoss(training.loss, lpips, world), training.step.scaler(world)
+    tokenizer.module.train()
     images = images.contiguous(memory_format=torch.channels_last)
     return lambda: train_step(training, tokenizer, None, loss, scaler, images, world)
 
 
-def plain_step(chosen: BenchmarkSettings, images: torch.Tensor, world: World) -> Callable[[], None]:
-    torch.manual_seed(0)
-    model = VQ_models[chosen.vq_model]()
-    model.quantize = PlainQuantizer(model.config)
-    model.to(world.device)
-    discriminator, lpips = PatchDiscriminator().to(world.device), random_lpips(world)
-    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0.9, 0.95)) for m in (model, discriminator)]
-
-    def step() -> None:
-        reconstruction, quantizer, _ = model(images)
-        loss = F.mse_loss(reconstruction, images) + lpips(reconstruction, images).mean() + sum(quantizer)
-        (loss - 0.0 * discriminator(reconstruction).mean()).backward()
-        discriminator.zero_grad()
-        real, fake = discriminator(images), discriminator(reconstruction.detach())
-        (0.0 * hinge_discriminator_loss(real, fake)).backward()
-        for optimizer in optimizers:
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        loss.item()
-
-    return step
-
-
-class PlainQuantizer(VectorQuantizer):
-    """All squared distances at once, their softmax for the entropy whatever its weight."""
-
-    def forward(self, latent: torch.Tensor):
-        unit = F.normalize(latent, dim=1)
-        vectors, codebook = unit.permute(0, 2, 3, 1).flatten(0, 2), self.codebook
-        distances = vectors.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * vectors @ codebook.t()
-        indices = distances.argmin(dim=1)
-        quantized = self.lookup(indices.view(latent.shape[0], *latent.shape[2:]))
-        losses = QuantizerLosses(
-            codebook=F.mse_loss(quantized, unit.detach()),
-            commitment=self.beta * F.mse_loss(unit, quantized.detach()),
-            entropy=0.0 * self.entropy_loss(unit),
-        )
-        return unit + (quantized - unit).detach(), losses, indices
-
-
-def random_lpips(world: World) -> LPIPS:
+def random_lpips(kind: type[LPIPS], device: torch.device) -> LPIPS:
     torch.manual_seed(1)
-    return LPIPS().to(world.device)
-
-
-def timed(step: Callable[[], None], world: World) -> float:
-    started = time.perf_counter()
-    step()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return kind().to(device)
 
 
 if __name__ == "__main__":

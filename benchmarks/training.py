@@ -1,191 +1,137 @@
-"""Training steps against a plain version of the published one: time and peak memory at patch sides 1, 2, 4.
+"""Training steps against the published ones: images/s, their ratio, and how near the device's arithmetic comes.
 
-    python -m benchmarks.training --gpt-model GPT-B --batch-size 8
+    python -m benchmarks.training --gpt-model GPT-B --batch-size 8                          on this machine's device
+    python -m benchmarks.training --gpt-model GPT-L --batch-size 32 --sides 1 2             on a GPU
 
-The plain step averages by unfold, builds the rotary table on the CPU and moves it at every step, repeats the logits
-once for each code of a patch, leaves the type of the attention to autocast, and reads the loss at every step. Both
-variants run alternately in one process; peak memory is that of a process of its own on the CPU, and of the allocator
-on a GPU.
+Here: the trainer's own step. Published: the public trainer's (benchmarks/published_gpt.py), on GPUs compiled as there.
+Both take turns in one process; with one thread on a CPU its processor time counts, which other programs do not
+lengthen. The floor is what the model's operations alone would take at the peak of the device's
+data sheet (the share of it is the MFU), or where that is not known at the speed of a large matrix product measured in
+the same run. Every side starts with models of its own, so that each is compiled for its shapes alone.
 """
 
 import gc
-import multiprocessing
 import statistics
-import time
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from autoregressive.models.gpt import GPT_SIZES, Transformer, TransformerBlock, model_args, rope_table
-from autoregressive.train.compilation import compile_model
+from autoregressive.models.gpt import GPT_SIZES, model_args
+from autoregressive.train.config import TrainSettings
 from autoregressive.train.cost import peak_flops, train_flops
+from autoregressive.train.train_c2i import build, train_step
+from benchmarks.machine import alternate, chosen_device, describe, device_name, measured_speed, steady_clock
+from benchmarks.published_gpt import PublishedStep
+from benchmarks.report import MeasurementSettings, Rows
 from utils.distributed import World
-from utils.engine.parallel import autocast
-from utils.engine.state import Trained
-from utils.engine.step import apply_gradients
-from utils.precision import PRECISIONS
-from utils.program import keep_memory_between_steps, run
+from utils.precision import DTYPES, PRECISIONS
+from utils.program import run
 from utils.settings import option, parse, recipe, settings
+
+STEPS_PER_TURN = {"cpu": 1, "cuda": 10}  # without waiting in between, where the step itself does not
 
 
 @settings("training benchmark")
 class BenchmarkSettings:
+    measurement: MeasurementSettings
     gpt_model: str = recipe("GPT-B", "size of the transformer", choices=GPT_SIZES)
     batch_size: int = recipe(8, "images per step", at_least=1)
-    mixed_precision: str = recipe("bf16", "number format of both variants", choices=PRECISIONS)
-    compile: bool | None = recipe(None, "compile both variants (default: on GPUs)")
+    mixed_precision: str = recipe("bf16", "number format of both", choices=PRECISIONS)
+    compile: bool | None = recipe(None, "compile both (default: on GPUs)")
     sides: tuple[int, ...] = recipe((1, 2, 4), "patch sides", at_least=1)
-    repeats: int = option(3, "timed steps of each variant, after one to warm up", at_least=1)
-    no_memory: bool = option(False, "leave peak memory out")
+    published: bool = recipe(True, "measure the published step, too")
+    turns: int = option(3, "measurements of each, of which the median counts, after one to warm up", at_least=1)
+
+    def compiled_on(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.compile is None else self.compile
+
+
+class OwnStep:
+    """The trainer's own step, with everything that `train_c2i` sets up."""
+
+    def __init__(self, options: BenchmarkSettings, device: torch.device):
+        flags = ["--dry-run", "--gpt-model", options.gpt_model, "--global-batch-size", str(options.batch_size)]
+        flags += ["--mixed-precision", options.mixed_precision]
+        flags += ["--compile" if options.compiled_on(device) else "--no-compile"]
+        self.chosen, self.world = parse(TrainSettings, "as trained", flags), World(0, 1, 0, device)
+        self.trained = build(self.chosen, [], self.world)
+        self.scaler = self.chosen.step.scaler(self.world)
+        self.trained.module.train()
+
+    def __call__(self, codes: torch.Tensor, labels: torch.Tensor, side: int) -> torch.Tensor:
+        return train_step(self.chosen, self.trained, self.scaler, codes, labels, side, self.world)[0]
+
+
+class Turns:
+    """A step taken a few times in a row, and the device memory that its model, optimizer and activations need."""
+
+    def __init__(self, make, batch: tuple[torch.Tensor, torch.Tensor, int], device: torch.device):
+        self.device, self.batch, self.peak = device, batch, 0
+        before = self._allocated()
+        self.step = make()
+        self.step(*batch)  # the optimizer's moments, compiled code
+        self.own = self._allocated() - before
+
+    def __call__(self) -> None:
+        others = self._allocated() - self.own
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(STEPS_PER_TURN[self.device.type]):
+            self.step(*self.batch)
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
     @property
-    def compiled(self) -> bool:
-        return torch.cuda.is_available() if self.compile is None else self.compile
+    def gib(self) -> float | None:
+        return self.peak / 2**30 if self.peak else None
 
 
-class PlainBlock(TransformerBlock):
-    def forward(self, x, rope):
-        attended = F.scaled_dot_product_attention(*self.before_attention(x, rope), is_causal=True)
-        return self.after_attention(x, attended)
-
-
-class PlainTransformer(Transformer):
-    """The published step's arithmetic on the same weights."""
-
-    def __init__(self, args):
-        super().__init__(args)
-        for layer in self.layers:
-            layer.__class__ = PlainBlock
-
-    def forward(self, idx, cond_idx, targets, patch_side=1):
-        height, width = self.args.grid
-        embeddings = self.tok_embeddings(idx)  # (B, H*W, D)
-        batch, _, dim = embeddings.shape
-        patches = F.unfold(embeddings.mT.reshape(batch, dim, height, width), patch_side, stride=patch_side)
-        patches = patches.view(batch, dim, patch_side**2, -1).mean(2).mT
-        x = self.tok_dropout(
-            torch.cat([self.cls_embedding(cond_idx, self._dropped_conditions(idx)), patches[:, :-1]], 1)
-        )
-        rope = rope_table(height // patch_side, width // patch_side, self.args.head_dim)  # on the CPU
-        rope = rope.to(x.device)[: x.shape[1]]
-        for layer in self.layers:
-            x = layer(x, rope)
-        logits = self.output(self.norm(x)).float().repeat_interleave(patch_side**2, 1)
-        codes = targets.view(batch, height // patch_side, patch_side, width // patch_side, patch_side)
-        codes = codes.transpose(2, 3).reshape(-1)
-        return None, F.cross_entropy(logits.flatten(0, 1), codes)
-
-
-class Step:
-    """One variant's model and optimizer; calling it trains on one batch of random codes."""
-
-    def __init__(self, plain: bool, options: BenchmarkSettings, device: torch.device):
-        self.args = model_args(options.gpt_model)
-        self.plain, self.world = plain, World(0, 1, 0, device)
-        self.precision = options.mixed_precision
-        torch.manual_seed(0)
-        with device:
-            model = (PlainTransformer if plain else Transformer)(self.args)
-            self.codes = torch.randint(self.args.vocab_size, (options.batch_size, self.args.block_size))
-            self.labels = torch.randint(self.args.num_classes, (options.batch_size,))
-        self.call = model
-        if options.compiled and plain:
-            self.call = torch.compile(model)
-        elif options.compiled:
-            compile_model(model)
-        self.trained = Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-
-    def __call__(self, side: int) -> None:
-        with autocast(self.trained.module, self.world, self.precision):
-            _, loss = self.call(self.codes, self.labels, self.codes, side)
-        loss.backward()
-        if self.plain:
-            torch.nn.utils.clip_grad_norm_(self.trained.module.parameters(), 1.0)
-            self.trained.optimizer.step()
-            self.trained.optimizer.zero_grad(set_to_none=True)
-            loss.item()
-        else:
-            apply_gradients(self.trained, self.scaler, 1.0)
-
-
-def seconds(step: Step, side: int) -> float:
-    synchronize = torch.cuda.synchronize if step.world.device.type == "cuda" else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    step(side)
-    synchronize()
-    return time.perf_counter() - started
-
-
-def peak_memory(plain: bool, side: int, options: BenchmarkSettings) -> float:
-    """GiB at the peak of two steps; on the CPU in a new process, beyond what it holds before."""
-    if torch.cuda.is_available():
-        gc.collect()  # compiled models are held in cycles
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        step = Step(plain, options, torch.device("cuda"))
-        step(side), step(side)
-        return torch.cuda.max_memory_allocated() / 2**30
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_cpu_peak, (plain, side, options))
-
-
-def _cpu_peak(plain: bool, side: int, options: BenchmarkSettings) -> float:
-    keep_memory_between_steps()
-    before = _resident_peak(reset=True)
-    step = Step(plain, options, torch.device("cpu"))
-    step(side), step(side)
-    return (_resident_peak() - before) / 2**20
-
-
-def _resident_peak(reset: bool = False) -> int:
-    """KiB at the process's peak; `reset` first lowers the mark to what it holds now (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1])
+def measure(side: int, options: BenchmarkSettings, device: torch.device, peak: float) -> dict[str, Turns]:
+    args, batch_size = model_args(options.gpt_model), options.batch_size
+    torch.manual_seed(0)
+    with device:
+        codes = torch.randint(args.vocab_size, (batch_size, args.block_size))
+        labels = torch.randint(args.num_classes, (batch_size,))
+    ways = {"here": Turns(lambda: OwnStep(options, device), (codes, labels, side), device)}
+    if options.published:
+        compiled = options.compiled_on(device)
+        published = lambda: PublishedStep(args, device, options.mixed_precision, compiled)  # noqa: E731
+        ways["published"] = Turns(published, (codes, labels, side), device)
+    times = alternate(ways, device, options.turns, clock=steady_clock(device))
+    images = STEPS_PER_TURN[device.type] * batch_size
+    rates = {name: images / statistics.median(values) for name, values in times.items()}
+    return {
+        "here": rates["here"],
+        "published": rates.get("published"),
+        "floor": peak / train_flops(args, side),
+        "GiB": ways["here"].gib,
+        "published_GiB": ways["published"].gib if options.published else None,
+    }
 
 
 def main() -> None:
     options = parse(BenchmarkSettings, __doc__.split("\n")[0])
-    keep_memory_between_steps()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    peak = peak_flops(name)
-    print(
-        f"{options.gpt_model}, batch {options.batch_size}, {name}, torch {torch.__version__}, "
-        f"{options.mixed_precision}, {'compiled' if options.compiled else 'eager'}\n"
+    device = chosen_device(options.measurement.device)
+    how = "compiled" if options.compiled_on(device) else "eager"
+    precision = options.mixed_precision
+    torch.set_float32_matmul_precision("high")  # as both trainers do
+    peak = peak_flops(device_name(device)) if precision != "none" else None
+    peak, of = (peak, "data sheet") if peak else (measured_speed(device, DTYPES[precision])[1], "measured product")
+    rows = Rows(
+        options.measurement.json,
+        f"{options.gpt_model}, batch {options.batch_size}, {precision}, {how}, {describe(device)}; "
+        f"floor: {peak / 1e12:.2f} TFLOP/s ({of})",
     )
-    print("| side | plain s/step | ours s/step | ratio | images/s | to side 1 | TFLOP/s | MFU | plain GiB | ours GiB |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    steps = {True: Step(True, options, device), False: Step(False, options, device)}
-    times = {}
     for side in options.sides:
-        measured = {plain: [] for plain in steps}
-        for repeat in range(options.repeats + 1):
-            for plain, step in steps.items():
-                elapsed = seconds(step, side)
-                measured[plain] += [elapsed] if repeat else []
-        times[side] = {plain: statistics.median(values) for plain, values in measured.items()}
-    del steps, step
-    for side in options.sides:
-        ours = times[side][False]
-        flops = options.batch_size * train_flops(model_args(options.gpt_model), side) / ours
-        memory = ["-", "-"] if options.no_memory else [f"{peak_memory(p, side, options):.2f}" for p in (True, False)]
-        cells = [
-            str(side),
-            f"{times[side][True]:.3f}",
-            f"{ours:.3f}",
-            f"{times[side][True] / ours:.2f}",
-            f"{options.batch_size / ours:.2f}",
-            f"{times[options.sides[0]][False] / ours:.2f}",
-            f"{flops / 1e12:.3f}",
-            f"{flops / peak:.1%}" if peak else "-",
-            *memory,
-        ]
-        print(f"| {' | '.join(cells)} |")
+        measured = measure(side, options, device, peak)
+        name = f"training {options.gpt_model}, batch {options.batch_size}, {precision}, side {side}"
+        rows.add(name, unit="images/s", floor_of=of, **measured)
+        gc.collect()  # compiled models are held in cycles
+        torch.compiler.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -103,6 +103,8 @@ def _system_sentence(error: Exception) -> str | None:
             "the GPU's memory is not enough; use smaller batches (in training more --gradient-accumulation-steps "
             "leave the result as it is), or free what other programs hold."
         )
+    if any(told in str(error) for told in ("No working C++ compiler", "Failed to find C compiler")):  # PyTorch, Triton
+        return "torch.compile finds no C compiler; install gcc and g++, or give --no-compile."
     # torch has no type of its own for main memory that is not enough
     no_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
     number = errno.ENOMEM if no_memory else getattr(error, "errno", None)

@@ -254,8 +254,11 @@ class CodeGenerator:
         if replay := self._graphs.get(settings):
             replay()
             return
-        self._decode(*settings)  # does this pass's work and loads its kernels; capturing executes nothing
-        if self.on_gpu:
+        if not self.on_gpu:
+            self._decode(*settings)
+            return
+        with torch.cuda.device(self.x.device):  # a thread begins on the first one, whichever holds the model
+            self._decode(*settings)  # does this pass's work and loads its kernels; capturing executes nothing
             self._graphs[settings] = self._capture(*settings)
 
     def _read_length(self, filled: int) -> int:

@@ -8,6 +8,8 @@ from utils.engine.learning_rate import LearningRate
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' data sheets
     "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,

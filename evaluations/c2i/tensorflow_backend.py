@@ -27,6 +27,8 @@ def main(graph_path: str, device: str, pipe: str) -> None:
         sys.exit(f"error: TensorFlow cannot be imported ({error}).")
 
     tf.config.experimental.enable_tensor_float_32_execution(False)
+    for gpu in tf.config.list_physical_devices("GPU"):  # whose memory PyTorch needs as well
+        tf.config.experimental.set_memory_growth(gpu, True)
     session, images, features = _load(tf, graph_path)
     connection.send(tf.__version__)
     with suppress(EOFError, ConnectionResetError):

@@ -34,6 +34,7 @@ def outcome(error, tmp_path) -> tuple[int, str]:
         ),
         (OSError(errno.EFBIG, "large"), "error: a file grows larger than the file system or `ulimit -f` allows; write"),
         (OSError(errno.ENOMEM, "no"), "error: the memory is not enough; use smaller batches"),
+        (RuntimeError("No working C++ compiler found in …"), "error: torch.compile finds no C compiler; install gcc"),
         (MemoryError("Unable to allocate 9 TiB"), "error: the memory is not enough; use smaller batches"),
         (torch.OutOfMemoryError("CUDA out of memory"), "error: the GPU's memory is not enough; use smaller batches"),
         (PermissionError(errno.EACCES, "no", "f"), "error: no permission to write or read (f); choose another path"),
