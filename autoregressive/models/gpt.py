@@ -139,7 +139,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_
     grouped = q.shape[1] != k.shape[1]
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=grouped)
-    with torch.autocast("cpu", enabled=False):  # its backward pass in 16 bits takes 2.5 to 12 times as long as in 32
+    # In 16 bits it takes 2 to 12 times as long to train; with AMX and 256 positions, though, 0.8 times.
+    with torch.autocast("cpu", enabled=False):
         return causal_attention(q.float(), k.float(), v.float(), dropout_p).to(q.dtype)
 
 
