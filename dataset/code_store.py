@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.arrays import load_array
 from dataset.crops import FIVE_PLACES
+from utils.files import read_json
 from utils.program import UserError
 
 META_FILE = "meta.json"
@@ -26,6 +28,7 @@ PARTIAL_SUFFIX, WORK_FOLDER = ".partial", "work"
 PACKED, PUBLISHED = "packed", "published"
 VERSION = 1
 BLOCK_IMAGES = 4096  # read at a time
+MOST_CODES, MOST_CLASSES = 1 << 32, 1 << 31  # where a published folder does not tell
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class CodeStore:
     def places(self) -> dict[str, str]:
         """Where the tokenizer and the images lay at extraction, as far as known; no part of what the store is."""
         file = self.path / PLACES_FILE
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(file, "remove it; it only says where things lay") if file.exists() else {}
 
     def _checked(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images, crops = np.asarray(images, np.int64), np.asarray(crops, np.int64)
@@ -150,11 +153,12 @@ class PublishedStore(CodeStore):
         return self.labels_of(np.arange(self.meta.count)).astype(np.int32)
 
     def labels_of(self, images: np.ndarray) -> np.ndarray:
-        return np.array([_read_array(self.labels_path / f"{image}.npy", (1,))[0] for image in images], np.int64)
+        most = self.meta.num_classes or MOST_CLASSES
+        return np.array([_read_array(self.labels_path / f"{image}.npy", (1,), most)[0] for image in images], np.int64)
 
     def block(self, start: int, stop: int) -> np.ndarray:
-        shape = (1, self.meta.crops, self.meta.tokens)
-        files = [_read_array(self.path / f"{image}.npy", shape) for image in range(start, stop)]
+        shape, most = (1, self.meta.crops, self.meta.tokens), self.meta.codebook_size or MOST_CODES
+        files = [_read_array(self.path / f"{image}.npy", shape, most) for image in range(start, stop)]
         return np.concatenate(files).astype(self.meta.dtype)
 
     def codes(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
@@ -227,22 +231,53 @@ def _missing_store_sentence(folder: Path, dataset: str, image_size: int) -> str:
 
 def read_sources(path: Path) -> list[tuple[str, int]]:
     """The lines of an `images.jsonl`: (path relative to the image folder, bytes)."""
-    with open(path) as file:
-        return [tuple(json.loads(line)) for line in file]
+    try:
+        with open(path) as file:
+            return [(str(name), int(size)) for name, size in map(json.loads, file)]
+    except (ValueError, TypeError) as error:  # no JSON, no text, no pairs
+        raise UserError(f"{path} is damaged ({error}); copy it again or run the extraction again.") from error
 
 
 def read_meta(path: Path) -> StoreMeta:
     """Read a `meta.json`; `UserError` where it is damaged or newer than this program."""
+    remedy = "extract again or restore the file"
+    fields = read_json(path, remedy, "version", "grid")
+    if not isinstance(fields["version"], int) or fields["version"] > VERSION:
+        raise UserError(f"{path} has format version {fields['version']}, newer than this program; update it.")
     try:
-        fields = json.loads(path.read_text())
-        if fields["version"] > VERSION:
-            raise UserError(f"{path} has format version {fields['version']}, newer than this program; update it.")
         meta = StoreMeta(**{**fields, "grid": tuple(fields["grid"])})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; extract again or restore the file.") from error
-    if meta.layout not in (PACKED, PUBLISHED) or meta.dtype not in ("uint16", "uint32"):
-        raise UserError(f"{path} is damaged (layout {meta.layout!r}, codes of {meta.dtype}); extract again.")
+        wrong = _wrong_fields(meta)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}.") from error
+    if wrong:
+        raise UserError(f"{path} is damaged ({wrong[0]} is {getattr(meta, wrong[0])!r:.60}); {remedy}.")
     return meta
+
+
+def _wrong_fields(meta: StoreMeta) -> list[str]:
+    """Fields of values that no store has."""
+
+    def is_number(value, optional: bool = False) -> bool:
+        return (optional and value is None) or (isinstance(value, int) and value > 0)
+
+    names = meta.class_names
+    fine = {
+        "image_size": is_number(meta.image_size),
+        "grid": len(meta.grid) == 2 and all(map(is_number, meta.grid)),
+        "crops": is_number(meta.crops),
+        "count": is_number(meta.count),
+        "codebook_size": is_number(meta.codebook_size, optional=True),
+        "num_classes": is_number(meta.num_classes, optional=True),
+        "class_names": names is None or (isinstance(names, list) and len(names) == meta.num_classes),
+        "crop_range": meta.crop_range is None or isinstance(meta.crop_range, int | float),
+        "layout": meta.layout in (PACKED, PUBLISHED),
+        "dtype": meta.dtype in ("uint16", "uint32"),
+        "tokenizer": isinstance(meta.tokenizer, dict),
+        "files": isinstance(meta.files, dict),
+        "settings": isinstance(meta.settings, dict),
+        "shards": all(isinstance(shard["file"], str) and is_number(shard["count"]) for shard in meta.shards),
+    }
+    return [name for name, is_fine in fine.items() if not is_fine]
 
 
 def _scan_published(path: Path) -> StoreMeta:
@@ -277,17 +312,23 @@ def _map_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return array.view(np.ndarray)
 
 
-def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _read_array(path: Path, shape: tuple[int, ...], most: int) -> np.ndarray:
+    """Integers from 0 to `most` - 1."""
     array = _load(path)
-    if array.shape != shape:
-        raise UserError(f"{path} has shape {array.shape}, the others {shape}; run the extraction again.")
+    if array.shape != shape or array.dtype.kind not in "iu":
+        raise UserError(f"{path} holds {array.dtype} {array.shape}, not integers {shape}; run the extraction again.")
+    if array.min() < 0 or array.max() >= most:
+        raise UserError(
+            f"{path} holds {array.min() if array.min() < 0 else array.max()}, which is not between 0 and {most - 1}; "
+            "run the extraction again."
+        )
     return array
 
 
 def _load(path: Path, mmap_mode: str | None = None) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        return load_array(path, mmap_mode)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; copy it again or run the extraction again.") from error
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged or incomplete; copy it again or run the extraction again.") from error

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-import torchvision
 
 from dataset.code_store import (
     BLOCK_IMAGES,
@@ -40,7 +39,6 @@ def software_versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "pillow": PIL.__version__,
     }
@@ -61,10 +59,6 @@ def write_shard(path: Path, count: int, meta: StoreMeta, blocks: Iterable[np.nda
             written += len(block)
         if written != count:
             raise ValueError(f"{written} images written to {path}, {count} announced")
-    return shard_entry(path, count)
-
-
-def shard_entry(path: Path, count: int) -> dict:
     return {"file": path.name, "count": count, "sha256": sha256(path)}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.arrays import load_array
 from utils.program import UserError
 
 SAMPLED_ROWS = 1000  # that are looked at: the whole may be larger than the memory
@@ -17,14 +18,13 @@ def open_conditions(path: str | Path, count: int | None = None) -> np.ndarray:
     or if one of about 1,000 rows is not finite.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (FileNotFoundError, IsADirectoryError) as error:
+        array = load_array(Path(path), mmap_mode="r")
+    except FileNotFoundError as error:
         raise UserError(f"there is no file {path}; conditions are a .npy file with one row per image.") from error
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not a complete .npy file; write it again with numpy.save.") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        found = getattr(array, "dtype", "several arrays")
-        raise UserError(f"{path} holds {found}; conditions are one array of floats or integers.")
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{path} holds {array.dtype}; conditions are one array of floats or integers.")
     rows = array.shape[0] if array.ndim else 0
     if rows == 0 or count not in (None, rows):
         images = "" if count is None else f", but there are {count:,} images"

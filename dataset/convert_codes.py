@@ -25,7 +25,10 @@ class ConversionSettings:
     layout: str = recipe(PACKED, "layout to write", choices=(PACKED, PUBLISHED))
     codebook_size: int = recipe(16384, "number of codes, where the store to read does not say", at_least=1)
     crop_range: float | None = recipe(
-        None, "crop range of ten crops, such as 1.1 or 1.05, where the store to read does not say", at_least=1
+        None,
+        "crop range of ten crops, such as 1.1 or 1.05, where the store to read does not say",
+        at_least=1,
+        at_most=100,
     )
     data_path: Path | None = recipe(None, "image folder of a store that does not say its class names and sources")
 

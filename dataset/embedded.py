@@ -132,7 +132,7 @@ def _idx_part(folder: Path, name: str) -> Part:
 
 def _read_idx(folder: Path, name: str, magic: int) -> np.ndarray:
     """An IDX file of bytes, `name` or `name.gz` (yann.lecun.com/exdb/mnist describes the format)."""
-    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
     if path is None:
         raise UserError(f"{folder} holds no {name} or {name}.gz; --source is a folder with the four IDX files.")
     try:

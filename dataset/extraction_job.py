@@ -7,9 +7,10 @@ written last, and the folder takes its final name.
 """
 
 import hashlib
-import json
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from typing import IO
 
 import numpy as np
 
+from dataset.arrays import DAMAGED
 from dataset.code_store import (
     IMAGES_FILE,
     META_FILE,
@@ -28,17 +30,9 @@ from dataset.code_store import (
     read_meta,
     read_sources,
 )
-from dataset.code_writer import (
-    SHARD_IMAGES,
-    give_final_name,
-    shard_entry,
-    shard_name,
-    write_description,
-    write_lines,
-    write_shard,
-)
+from dataset.code_writer import SHARD_IMAGES, give_final_name, shard_name, write_description, write_lines, write_shard
 from dataset.image_folder import ImageFolder, UnreadableImage, load_rgb
-from utils.files import atomic_file, lock_folder, write_json
+from utils.files import atomic_file, lock_folder, read_json, write_json
 from utils.program import UserError
 from utils.settings import refuse_differences
 
@@ -108,7 +102,16 @@ class Job:
         return [block for block in self.blocks if self.block_path(block).name not in names]
 
     def write_block(self, block: int, codes: np.ndarray, bad: list[tuple[int, str]]) -> None:
-        """`codes` (images, crops, H·W) of the block's readable images; `bad` are (image, reason) of the others."""
+        """`codes` (images, crops, H·W) of the block's readable images; `bad` are (image, reason) of the others.
+
+        Raises `UserError` for codes that are none of the tokenizer's codebook.
+        """
+        size = self.meta.codebook_size
+        if codes.size and not 0 <= codes.min() <= codes.max() < size:
+            raise UserError(
+                f"the tokenizer gives codes from {codes.min()} to {codes.max()}, but its codebook_size is {size}; mend "
+                "one of them."
+            )
         images, reasons = np.array([image for image, _ in bad], np.int64), np.array([reason for _, reason in bad], str)
         with atomic_file(self.block_path(block)) as file:
             np.savez(file, codes=codes.astype(self.meta.dtype), bad_images=images, bad_reasons=reasons)
@@ -124,12 +127,14 @@ class Job:
         write_lines(self.unreadable_path, ((sources[image][0], reason) for image, reason in bad))
 
     def join_shard(self, shard: int) -> dict | None:
-        """Write a shard from its blocks, unless it is there; its entry for meta.json, None if no image is readable."""
-        blocks, path = self.shards[shard], self.shard_path(shard)
+        """Write a shard from its blocks; its entry for meta.json, None if no image is readable.
+
+        One that an interrupted run has written is written anew: nothing says that it still is what it was.
+        """
+        blocks = self.shards[shard]
         count = sum(len(self.images_of(block)) - len(list(self._bad_of(block))) for block in blocks)
-        if path.exists() or not count:
-            return shard_entry(path, count) if count else None
-        return write_shard(path, count, self.meta, (self._read_block(block, "codes") for block in blocks))
+        codes = (self._read_block(block, "codes") for block in blocks)
+        return write_shard(self.shard_path(shard), count, self.meta, codes) if count else None
 
     def finish(self, labels: np.ndarray, shards: list[dict]) -> None:
         """Once every shard is joined: describe the store and give the folder its name. `labels` are of all images."""
@@ -151,9 +156,34 @@ class Job:
         images, reasons = (self._read_block(block, name).tolist() for name in ("bad_images", "bad_reasons"))
         return zip(images, reasons, strict=True)
 
+    def forget_damaged_blocks(self) -> int:
+        """Remove the finished blocks that are not as they were written; how many."""
+        pending, damaged = set(self.pending_blocks()), 0
+        for block in self.blocks:
+            if block not in pending and not _is_intact(self.block_path(block)):
+                self.block_path(block).unlink()
+                damaged += 1
+        return damaged
+
     def _read_block(self, block: int, name: str) -> np.ndarray:
-        with np.load(self.block_path(block), allow_pickle=False) as arrays:
-            return arrays[name]
+        path = self.block_path(block)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[name]
+        except (*DAMAGED, zipfile.BadZipFile, zlib.error, KeyError) as error:
+            path.unlink(missing_ok=True)
+            raise UserError(
+                f"{path} was damaged on the disk; run the same command again, which encodes its images anew."
+            ) from error
+
+
+def _is_intact(archive: Path) -> bool:
+    """Whether every member has the checksum with which it was written."""
+    try:
+        with zipfile.ZipFile(archive) as members:
+            return members.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return False
 
 
 def list_hash(sources: list[tuple[str, int]]) -> str:
@@ -177,10 +207,7 @@ def open_job(job: Job, images: ImageFolder, sources: list[tuple[str, int]]) -> t
         job.clean_and_rename()
         return held, None
     _start_or_resume(job, images, sources)
-    pending = job.pending_blocks()
-    for shard in {block // job.blocks_per_shard for block in pending}:  # joined before one of its images was repaired
-        job.shard_path(shard).unlink(missing_ok=True)
-    return held, pending
+    return held, job.pending_blocks()
 
 
 def _is_finished(folder: Path, job: Job) -> bool:
@@ -198,7 +225,9 @@ def _start_or_resume(job: Job, images: ImageFolder, sources: list[tuple[str, int
         write_lines(job.sources_path, sources)
         write_json(plan, mine)
         return
-    there = json.loads(plan.read_text())
+    if damaged := job.forget_damaged_blocks():
+        print(f"{damaged:,} finished blocks in {job.work} were damaged on the disk; their images are encoded again")
+    there = read_json(plan, f"remove {job.partial} to start anew", "image_list")
     if there["image_list"] != mine["image_list"]:
         _refuse_other_images(job, sources)
     _refuse_other_settings(job.partial, there, mine)

@@ -12,22 +12,27 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
 import numpy as np
 
+from dataset.image_tree import EXTENSIONS, Remarks, is_hidden, is_image
 from utils.program import UserError
 
 SUFFIXES = (".tar", ".zip")
 LISTING_THREADS = 16
+MOST_LINKS = 40  # in a row, as Linux follows them
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip's member: what precedes its data is 30 bytes, its name and extras
 
 
 @dataclass(frozen=True)
 class ArchivedImage:
-    """An image in an archive; prints as the path it would have if the archive were a folder."""
+    """An image in an archive; prints as the path it would have if the archive were a folder.
+
+    `length` is -1 for what is no regular file there, such as a symlink to nothing.
+    """
 
     archive: str
     name: str
@@ -44,6 +49,8 @@ class ArchivedImage:
 
     def open(self) -> io.BytesIO:
         """Its bytes. Raises `ValueError` for damaged ones."""
+        if self.length < 0:
+            raise ValueError("not a regular file")
         with open(self.archive, "rb") as file:
             file.seek(self.offset)
             if self.zipped:
@@ -77,22 +84,22 @@ def archives_at(path: Path) -> list[Path]:
     if path.suffix in SUFFIXES and path.is_file():
         return [path]
     if path.is_dir():
-        inside = list(os.scandir(path))
+        inside = [entry for entry in os.scandir(path) if not is_hidden(entry.name)]
         held = [] if any(entry.is_dir() for entry in inside) else [Path(entry.path) for entry in inside]
     else:
         held = [Path(name) for name in glob(str(path))]
-    return sorted(file for file in held if file.suffix in SUFFIXES)
+    return sorted(file for file in held if file.suffix in SUFFIXES and file.is_file())
 
 
-def list_archives(
-    archives: Sequence[Path], extensions: tuple[str, ...]
-) -> tuple[list[str], list[str], list[int], list[ArchivedImage]]:
+def list_archives(archives: Sequence[Path]) -> tuple[list[str], list[str], list[int], list[ArchivedImage]]:
     """Class names, and in an image folder's order the path, label and place of every image. Raises `UserError`."""
+    remarks = Remarks()
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        parts = pool.map(lambda archive: list(_with_classes(archive, extensions)), archives)
+        parts = pool.map(lambda archive: list(_with_classes(archive, remarks)), archives)
         found = [entry for part in parts for entry in part]
+    remarks.tell(archives[0] if len(archives) == 1 else archives[0].parent)
     if not found:
-        raise UserError(f"{archives[0]} holds no images ({', '.join(extensions)}).")
+        raise UserError(f"{archives[0]} holds no images ({', '.join(EXTENSIONS)}).")
     tops = {name.split("/")[0] for name, *_ in found}
     if len(tops) == 1 and all(name.count("/") > 1 for name, *_ in found):
         found = [(name.split("/", 1)[1], *rest) for name, *rest in found]
@@ -108,10 +115,10 @@ def list_archives(
     return class_names, paths, [labels[path.split("/")[0]] for path in paths], [place for _, place, _ in found]
 
 
-def _with_classes(archive: Path, extensions: tuple[str, ...]) -> Iterator[tuple[str, ArchivedImage, bool]]:
+def _with_classes(archive: Path, remarks: Remarks) -> Iterator[tuple[str, ArchivedImage, bool]]:
     """(path that begins with the class, place, whether the class stands in a file) of every image."""
     try:
-        members = [place for place in _members(archive) if not place.name.startswith("__MACOSX/")]
+        members = list(_members(archive, remarks))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{archive} is damaged or no {archive.suffix} ({error}); copy it again.") from error
     classes = {
@@ -121,7 +128,10 @@ def _with_classes(archive: Path, extensions: tuple[str, ...]) -> Iterator[tuple[
     }
     for place in members:
         name = place.name
-        if not name.lower().endswith(extensions):
+        if not is_image(name):
+            continue
+        if any(map(is_hidden, name.split("/"))):
+            remarks.hidden.append(name)
             continue
         by_file = _key(name) in classes or "/" not in name
         if by_file and not classes.get(_key(name)):
@@ -137,15 +147,11 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _members(archive: Path) -> Iterator[ArchivedImage]:
+def _members(archive: Path, remarks: Remarks) -> Iterator[ArchivedImage]:
     """Every file in an archive, images or not."""
     place = os.path.abspath(archive)
     if archive.suffix == ".tar":
-        with tarfile.open(archive, "r:") as tar:
-            for entry in tar:
-                if entry.isreg() and not entry.issparse():
-                    name = os.path.normpath(entry.name)
-                    yield ArchivedImage(place, name, entry.offset_data, entry.size, entry.size, False, False)
+        yield from _tar_members(place, remarks)
         return
     with zipfile.ZipFile(archive) as zipped:
         for entry in zipped.infolist():
@@ -155,3 +161,31 @@ def _members(archive: Path) -> Iterator[ArchivedImage]:
                 raise UserError(f"{archive} is encrypted or not compressed as usual; zip the folder again.")
             name, deflated = os.path.normpath(entry.filename), entry.compress_type == zipfile.ZIP_DEFLATED
             yield ArchivedImage(place, name, entry.header_offset, entry.compress_size, entry.file_size, True, deflated)
+
+
+def _tar_members(archive: str, remarks: Remarks) -> Iterator[ArchivedImage]:
+    """Every file; a link, hard or symbolic, is the file that it leads to, and an image that is none is kept as such."""
+    files, links = {}, {}
+    with tarfile.open(archive, "r:") as tar:
+        for entry in tar:
+            name = os.path.normpath(entry.name)
+            if entry.isreg() and not entry.issparse():
+                files[name] = ArchivedImage(archive, name, entry.offset_data, entry.size, entry.size, False, False)
+                yield files[name]
+            elif entry.islnk():
+                links[name] = os.path.normpath(entry.linkname)
+            elif entry.issym():
+                links[name] = os.path.normpath(os.path.join(os.path.dirname(name), entry.linkname))
+            elif not entry.isdir() and is_image(name):
+                yield ArchivedImage(archive, name, 0, 0, -1, False, False)
+    for name in links:
+        target = name
+        for _ in range(MOST_LINKS):
+            target = links.get(target, target)
+        if target in files:
+            remarks.repeated += [name] if is_image(name) else []
+            yield replace(files[target], name=name)
+        elif is_image(name):
+            yield ArchivedImage(archive, name, 0, 0, -1, False, False)
+        else:
+            remarks.lost.append(name)

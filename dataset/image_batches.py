@@ -4,10 +4,17 @@ Which image, which crop and whether mirrored follow from (seed, epoch, image) al
 matter, and resuming is starting at another step number.
 """
 
+import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import Lock, active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from threading import Thread, current_thread, main_thread
 
 import numpy as np
 import torch
@@ -17,8 +24,10 @@ from dataset.crops import center_crop, random_crop_and_flip
 from dataset.image_folder import ImageFolder, UnreadableImage, load_rgb
 from dataset.order import VIEW_STREAM, BatchOrder, counter_hash
 from utils.distributed import World
+from utils.program import UserError
 
 DRAWS = 4  # random numbers per view
+LOCKS_PER_WORKER = 6  # that a loader makes, at most, in /dev/shm
 
 
 class RandomViews:
@@ -77,25 +86,95 @@ class _Made(Dataset):
 
 
 def loaded(make: Callable, batches: Iterable, workers: int, world: World) -> Iterator:
-    """`make(batch)` of every one of `batches`, in `workers` processes, as many as this rank's cores at most."""
+    """`make(batch)` of every one of `batches`, in `workers` processes, as many as this rank's cores at most.
+
+    Raises `UserError` where a worker cannot start or is killed.
+    """
     loader = DataLoader(
         _Made(make),
         sampler=batches,
         batch_size=None,
         num_workers=_worker_count(workers),
         pin_memory=world.device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=partial(_prepare_worker, os.getpid()),
     )
-    for batch in loader:
-        if isinstance(batch, UnreadableImage):
-            raise batch
-        yield batch
+    with _workers_watched(loader) as made:
+        for batch in made:
+            if isinstance(batch, UnreadableImage):
+                raise batch
+            yield batch
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A batch system signals every process; the rank saves and stops, and needs its workers until then."""
+_watched: set[BaseProcess] = set()
+
+
+@contextmanager
+def _workers_watched(loader: DataLoader) -> Iterator[Iterator]:
+    """The loader's results; if one of its workers is killed meanwhile, the main thread gets a `UserError`."""
+    others = set(active_children())
+    made = _started(loader)
+    workers = set(active_children()) - others
+    _watched.update(workers)
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGCHLD, _end_with_worker)  # in place of PyTorch's, which raises what is no user error
+    try:
+        yield made
+    except RuntimeError as error:  # which the loader makes of any other that meets it while it waits
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    finally:
+        _watched.difference_update(workers)
+
+
+def _end_with_worker(number: int, frame) -> None:
+    """Reading what a killed worker was sending would wait for ever."""
+    dead = next((worker for worker in _watched if not worker.is_alive() and worker.exitcode), None)
+    if dead is not None:
+        for worker in _watched:  # the others may wait for ever for what the dead one held
+            worker.kill()
+        _watched.clear()
+        raise UserError(
+            f"an image worker was ended from outside (status {dead.exitcode}; -9 where the memory was not enough); "
+            "use fewer --num-workers, 0 for none, or smaller batches."
+        )
+
+
+def _started(loader: DataLoader) -> Iterator:
+    try:
+        for _lock in [Lock() for _ in range(LOCKS_PER_WORKER * loader.num_workers)]:
+            pass  # there is room for them: where there is none, a half-made loader would print a traceback
+        return iter(loader)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EAGAIN, errno.ENOMEM):
+            raise
+        raise UserError(
+            f"image workers cannot be started ({error.strerror.lower()}: processes, memory, or /dev/shm, which holds "
+            "their locks); use fewer --num-workers, 0 for none."
+        ) from error
+
+
+def _prepare_worker(rank: int, worker: int) -> None:
+    """Leave signals to the rank, and send batches through a pipe.
+
+    A batch system signals every process; the rank saves and stops, and needs its workers until then. PyTorch would put
+    tensors into /dev/shm, of which containers have little: where it is full, the rank would wait for ever.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    ForkingPickler.register(torch.Tensor, _as_array)
+    Thread(target=_end_with_rank, args=(rank,), daemon=True).start()
+
+
+def _end_with_rank(rank: int) -> None:
+    """When the rank, a process, is killed, nobody empties the pipe that this worker fills; it would stay for ever."""
+    while os.getppid() == rank:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _as_array(tensor: torch.Tensor) -> tuple[Callable, tuple[np.ndarray]]:
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 def _worker_count(wanted: int) -> int:

@@ -7,23 +7,29 @@ channels, CMYK converted, transparency dropped (the colours beneath stay), EXIF 
 published pipeline. Unlike it, 16-bit grayscale keeps its upper 8 bits (there it is clipped at 255: a white image).
 """
 
+import errno
 import os
+import stat
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 
 from dataset.image_archives import ArchivedImage, Members, archives_at, list_archives
+from dataset.image_tree import EXTENSIONS, STAT_THREADS, ImageTree
 from utils.program import UserError
 
 MAX_ASPECT = 200  # with the shorter side scaled up, the longer one would fill the memory
-STAT_IMAGES, STAT_THREADS = 1000, 32
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+STAT_IMAGES = 1000
+# What is wrong with the file itself; any other failure is that of the disk or the network.
+BROKEN_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# On broken files, beside OSError.
+PILLOW_RAISES = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
+PILLOW_RAISES += (Image.DecompressionBombError,)
 
 
 class UnreadableImage(UserError):
@@ -78,40 +84,30 @@ class ImageFolder:
 def list_image_folder(root: str | Path) -> ImageFolder:
     """Every image below `root`, or in the archives that it names; its class is the name of the first folder.
 
-    Raises `UserError` if there is none.
+    Says what is left out (dataset/image_tree.py). Raises `UserError` if there is no image.
     """
     root = Path(root)
     if archives := archives_at(root):
-        class_names, names, labels, places = list_archives(archives, EXTENSIONS)
+        class_names, names, labels, places = list_archives(archives)
         paths = PathList(names)
         return ImageFolder(root, class_names, paths, np.array(labels, np.int32), Members(places, paths))
     if root.is_file():
         raise UserError(f"{root} is a file; --data-path is a folder of images per class, a .zip, or .tar shards.")
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; --data-path must hold one folder of images per class.")
-    class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    tree = ImageTree(root)
+    class_names = tree.folders()
     if not class_names:
         raise UserError(f"{root} holds no class folders; put the images into {root}/CLASS/, one folder per class.")
     paths, labels = [], []
     for label, name in enumerate(class_names):
-        files = _images_below(root, name)
+        files = tree.images(name)
         if not files:
             raise UserError(f"{root / name} holds no images ({', '.join(EXTENSIONS)}); fill or remove that folder.")
         paths += files
         labels += [label] * len(files)
+    tree.remarks().tell(root)
     return ImageFolder(root, class_names, PathList(paths), np.array(labels, np.int32))
-
-
-def _images_below(root: Path, class_name: str) -> list[str]:
-    found = []
-    for folder, _, names in sorted(os.walk(root / class_name, onerror=_refuse, followlinks=True)):
-        below = os.path.relpath(folder, root)
-        found += [os.path.join(below, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
-    return found
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename} cannot be listed ({_reason(error)}); make it readable or remove it.") from error
 
 
 def file_sizes(folder: ImageFolder) -> list[tuple[str, int]]:
@@ -123,13 +119,17 @@ def file_sizes(folder: ImageFolder) -> list[tuple[str, int]]:
             return folder.paths[image], place.length
         return folder.paths[image], os.path.getsize(place) if os.path.exists(place) else -1
 
-    with ThreadPool(STAT_THREADS) as pool:
-        return pool.map(source, range(len(folder)), chunksize=STAT_IMAGES)
+    images = range(len(folder))
+    parts = [images[start : start + STAT_IMAGES] for start in images[::STAT_IMAGES]]
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        return [entry for part in pool.map(lambda part: list(map(source, part)), parts) for entry in part]
 
 
 def load_rgb(path: str | os.PathLike) -> Image.Image:
     """Decode an image file to 8-bit RGB as this file's first lines say; `UnreadableImage` where that fails."""
     try:
+        if not isinstance(path, ArchivedImage) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImage(path, "not a regular file")  # reading a pipe or a device may never end
         with Image.open(path.open() if isinstance(path, ArchivedImage) else path) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise UnreadableImage(path, f"{image.width} × {image.height} pixels, beyond 1 : {MAX_ASPECT}")
@@ -139,11 +139,11 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
                 return Image.fromarray(upper.clip(0, 255).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except OSError as error:
-        if error.errno is not None and not isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
-            raise  # the disk or the network failed, not the image
+        if error.errno is not None and error.errno not in BROKEN_FILE:
+            raise
         raise UnreadableImage(path, _reason(error)) from error
-    except (SyntaxError, ValueError, TypeError, IndexError, struct.error, Image.DecompressionBombError) as error:
-        raise UnreadableImage(path, _reason(error)) from error  # what Pillow's decoders raise on broken files
+    except PILLOW_RAISES as error:
+        raise UnreadableImage(path, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

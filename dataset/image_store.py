@@ -1,25 +1,28 @@
 """Images of a run that may be interrupted: a file on the disk that fills in any order, and becomes one `.npz`.
 
 `NAME.partial/` beside the result holds `run.json` (the settings), `images.u8` (all images, each at its place) and
-`done.u8` (one byte per image, set after its pixels are on the disk). Ranks write disjoint parts of the same files, so
-a run on many nodes needs a file system that they share. Memory stays that of one batch, however many images.
+`sums.u32` (the CRC-32 of each image, written after its pixels are on the disk; 0 until then). What lies there is
+compared with its sums when a run is continued and when the result is made. Ranks write disjoint parts of the same
+files, so a run on many nodes needs a file system that they share. Memory stays that of one batch, however many images.
 """
 
-import json
+import glob
 import os
 import shutil
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from utils.files import atomic_file, lock_folder, sync_folder, write_json
+from utils.files import atomic_file, lock_folder, read_json, sync_folder, write_json
 from utils.program import UserError
 from utils.progress import progress
 from utils.settings import json_values, refuse_differences
 
-CHUNK_BYTES = 1 << 24
+PIXELS, SUMS = "images.u8", "sums.u32"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date, so that equal results are equal files
 
 
@@ -42,7 +45,7 @@ class ImageStore:
         self._remedy, self._lock = remedy, None
 
     def is_complete(self) -> bool:
-        """Whether the result is already there. Raises `UserError` if one of other settings has its name."""
+        """Whether the result is already there. Raises `UserError` if a damaged or another one has its name."""
         for place in (self.result.parent, *self.result.parent.parents):
             if place.is_file():
                 raise UserError(f"{place} is a file, not a folder for results; give another --sample-dir.")
@@ -53,7 +56,10 @@ class ImageStore:
                 f"{self.result} exists without the .settings.json that says how it was made; move it away "
                 f"or {self._remedy}."
             )
-        self._refuse_other_settings(json.loads(self.report.read_text())["settings"], self.result)
+        self._refuse_other_settings(
+            read_json(self.report, f"move {self.result} away", "settings")["settings"], self.result
+        )
+        self._refuse_damaged_result()
         return True
 
     def recorded_batch_size(self) -> int | None:
@@ -61,34 +67,58 @@ class ImageStore:
         run_file = self.partial / "run.json"
         if not run_file.exists():
             return None
-        run = json.loads(run_file.read_text())
+        remedy = f"remove {self.partial} to start anew"
+        run = read_json(run_file, remedy, "settings", "batch_size")
         self._refuse_other_settings(run["settings"], self.partial)
+        if not isinstance(run["batch_size"], int) or run["batch_size"] < 1:
+            raise UserError(f"{run_file} is damaged (a batch size of {run['batch_size']}); {remedy}.")
         return run["batch_size"]
 
     def open(self, batch_size: int) -> None:
-        """Make the files, unless an interrupted run has; on one rank, before any rank writes.
+        """Make the files, or look through those of an interrupted run; on one rank, before any rank writes.
 
-        Raises `UserError` if they are another run's, or another process is writing them.
+        Images that are damaged, or were cut off, count as missing, and a sentence says so. Raises `UserError` if they
+        are another run's, or another process is writing them.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(
             self.partial, f"another process is writing {self.partial}; wait for it, or {self._remedy}."
         )
-        if self.recorded_batch_size() is None:
-            for name, size in (("images.u8", self.count * self._image_bytes), ("done.u8", self.count)):
-                with open(self.partial / name, "wb") as file:
-                    file.truncate(size)
+        for path in (self.preview, self.report):  # of a killed process
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+        continued = self.recorded_batch_size() is not None
+        for name, size in ((PIXELS, self.count * self._image_bytes), (SUMS, self.count * 4)):
+            with open(self.partial / name, "ab" if continued else "wb") as file:
+                file.truncate(size)
+        damaged = [image for image, _, intact in self._stored() if not intact] if continued else []
+        if damaged:
+            self._forget(damaged)
+            print(f"{len(damaged):,} images in {self.partial} are damaged or were cut off; they are made again")
         write_json(self.partial / "run.json", {"settings": self.settings, "batch_size": batch_size})
 
     def done(self) -> np.ndarray:
         """Which images are on the disk: `(count,)` bool."""
-        return np.fromfile(self.partial / "done.u8", dtype=np.uint8) > 0
+        return np.fromfile(self.partial / SUMS, dtype=np.uint32) > 0
 
     def write(self, start: int, images: np.ndarray) -> None:
         """Put `images` `(B, size, size, 3)` uint8 at `start`; those beyond `count` are dropped."""
-        images = images[: self.count - start]
-        self._write_at("images.u8", start * self._image_bytes, np.ascontiguousarray(images).data)
-        self._write_at("done.u8", start, b"\1" * len(images))
+        images = np.ascontiguousarray(images[: self.count - start])
+        self._write_at(PIXELS, start * self._image_bytes, images.data)
+        self._write_at(SUMS, start * 4, np.array([_sum(image) for image in images], np.uint32).data)
+
+    def _forget(self, images: list[int]) -> None:
+        for image in images:
+            self._write_at(SUMS, image * 4, bytes(4))
+
+    def _stored(self) -> Iterator[tuple[int, np.ndarray, bool]]:
+        """(number, its bytes, whether they are those that were written) of every image that is on the disk."""
+        sums = np.fromfile(self.partial / SUMS, dtype=np.uint32)
+        with open(self.partial / PIXELS, "rb") as file:
+            for image in np.flatnonzero(sums):
+                file.seek(image * self._image_bytes)
+                pixels = file.read(self._image_bytes)
+                yield int(image), pixels, len(pixels) == self._image_bytes and _sum(pixels) == sums[image]
 
     def _write_at(self, name: str, place: int, data) -> None:
         with open(self.partial / name, "r+b") as file:
@@ -99,7 +129,7 @@ class ImageStore:
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """Images `(len(indices), size, size, 3)` read back from the disk."""
-        return np.memmap(self.partial / "images.u8", np.uint8, "r", shape=(self.count, *self.shape))[indices]
+        return np.memmap(self.partial / PIXELS, np.uint8, "r", shape=(self.count, *self.shape))[indices]
 
     def write_pngs(self) -> None:
         """The complete result's images as `name/000000.png` and so on, unless they are there."""
@@ -109,19 +139,25 @@ class ImageStore:
         for folder in (staging, self.png_folder):
             shutil.rmtree(folder, ignore_errors=True)
         staging.mkdir()
+        try:
+            self._write_pngs_into(staging)
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+            raise UserError(f"{self.result} is damaged; remove it and run the same command again.") from error
+        os.replace(staging, self.png_folder)
+
+    def _write_pngs_into(self, folder: Path) -> None:
         with zipfile.ZipFile(self.result) as archive, archive.open("arr_0.npy") as images:
             np.lib.format.read_magic(images)
             np.lib.format.read_array_header_1_0(images)
             for index in progress(range(self.count), description="png", unit="image"):
                 pixels = np.frombuffer(images.read(self._image_bytes), dtype=np.uint8).reshape(self.shape)
-                Image.fromarray(pixels).save(staging / f"{index:06d}.png")
-        os.replace(staging, self.png_folder)
+                Image.fromarray(pixels).save(folder / f"{index:06d}.png")
 
     def finish(self, labels: np.ndarray, report: dict) -> None:
         """Turn the complete store into `name.npz` (`arr_0`, `labels`) and `name.settings.json`, without partial files.
 
         The result takes its name last: interrupted before, the same call starts over; after, it is complete.
-        Raises `RuntimeError` while images are missing.
+        Raises `RuntimeError` while images are missing, `UserError` if one is not as it was written.
         """
         missing = int((~self.done()).sum())
         if missing:
@@ -141,21 +177,44 @@ class ImageStore:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write_npz(self, file, labels: np.ndarray) -> None:
+        damaged, intact_images = [], 0
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy", EPOCH), "w", force_zip64=True) as member:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)}
                 np.lib.format.write_array_header_1_0(member, header)
-                total = self.count * self._image_bytes
-                with (
-                    open(self.partial / "images.u8", "rb") as images,
-                    progress(description="npz", total=total, unit="B") as bar,
-                ):
-                    while block := images.read(CHUNK_BYTES):
-                        member.write(block)
-                        bar.update(len(block))
+                stored = progress(self._stored(), description="npz", total=self.count, unit="image")
+                for image, pixels, intact in stored:
+                    damaged += [] if intact else [image]
+                    intact_images += intact
+                    member.write(pixels)
             with archive.open(zipfile.ZipInfo("labels.npy", EPOCH), "w") as member:
                 np.lib.format.write_array(member, labels, allow_pickle=False)
+        if intact_images < self.count:
+            self._forget(damaged)
+            raise UserError(
+                f"{self.count - intact_images:,} images in {self.partial} were damaged on the disk; run the same "
+                "command again, which makes them anew."
+            )
+
+    def _refuse_damaged_result(self) -> None:
+        """Of a copy that was cut off, say; whoever reads the images compares their checksum."""
+        try:
+            with zipfile.ZipFile(self.result) as archive:
+                size = archive.getinfo("arr_0.npy").file_size
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(
+                f"{self.result} is damaged or cut off; remove it and run the same command again."
+            ) from error
+        if size <= self.count * self._image_bytes:
+            raise UserError(
+                f"{self.result} holds fewer images than {self.count:,}; remove it and run the command again."
+            )
 
     def _refuse_other_settings(self, other: dict, path: Path) -> None:
         remedy = f"move it away or {self._remedy}"
         refuse_differences(f"{path} was made by another run", other, json_values(self.settings), remedy)
+
+
+def _sum(pixels) -> int:
+    """CRC-32 of an image's bytes, but never 0."""
+    return zlib.crc32(pixels) or 1

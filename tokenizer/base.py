@@ -23,6 +23,16 @@ class ImageTokenizer(Protocol):
         """Images `(B, 3, h*downsample_factor, w*downsample_factor)` of codes `(B, h, w)`."""
 
 
+@runtime_checkable
+class LatentTokenizer(ImageTokenizer, Protocol):
+    """One whose `encode_indices` computes latents first: extraction compiles that part, and leaves the choice among the
+    codes as it is, whose rounding decides between close ones.
+    """
+
+    def latent(self, images: torch.Tensor) -> torch.Tensor:
+        """What the codes of `images` are chosen for; `encode_indices` calls it."""
+
+
 class QuantizerLosses(NamedTuple):
     """Scalars, already weighted by `commit_loss_beta` and `entropy_loss_ratio`; None where there is no such term."""
 

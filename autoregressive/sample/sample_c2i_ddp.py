@@ -15,22 +15,30 @@ import torch
 from autoregressive.models.generate import CodeGenerator
 from autoregressive.models.load import GPTSettings
 from autoregressive.models.sampling import Sampling
-from autoregressive.sample.batch_size import fitting_batch_size
+from autoregressive.sample.batch_size import bytes_per_image, fitting_batch_size
 from autoregressive.sample.class_names import caption, class_names
 from autoregressive.sample.pictures import captioned_rows, rows_of_classes
-from autoregressive.sample.pipeline import IMAGES_DECODED_AT_ONCE, ComputeSettings, Pipeline, checkpoint_name
+from autoregressive.sample.pipeline import (
+    IMAGES_DECODED_AT_ONCE,
+    ComputeSettings,
+    Pipeline,
+    SamplerTokenizerSettings,
+    checkpoint_name,
+)
 from autoregressive.sample.seeds import image_labels, image_uniforms
 from dataset.image_store import ImageStore
-from tokenizer.tokenizer_image.load import TokenizerSettings
 from utils.commands import command
 from utils.component import identities
 from utils.distributed import World, init_world
 from utils.files import atomic_file
+from utils.memory import require_memory
 from utils.program import UserError, run
 from utils.progress import progress
 from utils.settings import MAX_SEED, identity, option, parse, recipe, settings, with_defaults
 
 PATIENCE = timedelta(hours=12)  # ranks without work wait for those that sample, and for the `.npz`
+
+LABEL_BYTES = 32  # per image in main memory: its number, its label, whether it is done
 
 
 @settings("images")
@@ -54,7 +62,7 @@ class ImagesSettings:
 @settings("sampling for FID")
 class SampleSettings:
     gpt: GPTSettings
-    tokenizer: TokenizerSettings
+    tokenizer: SamplerTokenizerSettings
     compute: ComputeSettings
     sampling: with_defaults(Sampling, cfg_scale=1.5)
     images: ImagesSettings
@@ -64,6 +72,8 @@ def main() -> None:
     chosen = parse(SampleSettings, __doc__.split("\n")[0])
     images, sampling = chosen.images, chosen.sampling
     world = init_world(PATIENCE)
+    remedy = "use fewer --num-fid-samples"
+    require_memory(images.num_fid_samples * LABEL_BYTES, f"a list of {images.num_fid_samples:,} images", remedy)
     pipeline = Pipeline(chosen.gpt, chosen.tokenizer, chosen.compute, world.device, images.image_size_eval)
     decided_by = {}
     if world.is_main:
@@ -84,9 +94,8 @@ def main() -> None:
         if world.is_main:
             report = {"batch_size": batch_size, "processes": world.size, "device": device_name(world)}
             report |= {"seconds": round(time.time() - started, 1), "torch": torch.__version__}
-            finish(
-                images, pipeline, store, report | {"gpt_ckpt": chosen.gpt.gpt_ckpt, "vq_ckpt": chosen.tokenizer.vq_ckpt}
-            )
+            report |= {"gpt_ckpt": chosen.gpt.gpt_ckpt, "vq_ckpt": pipeline.tokenizer_info.checkpoint}
+            finish(images, pipeline, store, report)
     world.barrier()
     if world.is_main:
         store.remove_partial()
@@ -112,16 +121,25 @@ def agree_on_batch_size(
 ) -> int:
     """The batch size given, or that of the run being continued, or what fits on the fullest device."""
     recorded = world.broadcast(store.recorded_batch_size() if world.is_main else None)
-    batch_size = images.per_proc_batch_size or recorded
+    batch_size, guided = images.per_proc_batch_size or recorded, sampling.cfg_scale != 1
     if batch_size is None:
         pixels = IMAGES_DECODED_AT_ONCE[world.device.type] * pipeline.image_size**2
-        guided = sampling.cfg_scale != 1
         fitting = fitting_batch_size(pipeline.gpt.args, guided, pipeline.dtype, world.device, pixels)
         batch_size = min(*world.gather(fitting), -(-images.num_fid_samples // world.size))
+    refuse_too_many(batch_size, guided, images, pipeline)
     if world.is_main:
         store.open(batch_size)
     world.barrier()
     return batch_size
+
+
+def refuse_too_many(batch_size: int, guided: bool, images: ImagesSettings, pipeline: Pipeline) -> None:
+    """Raise `UserError` if so many images at once are more than the main memory holds (a GPU says so itself)."""
+    per_image = images.image_size_eval**2 * 3  # as bytes
+    if pipeline.device.type == "cpu":
+        per_image = 5 * per_image + bytes_per_image(pipeline.gpt.args, guided, pipeline.dtype)
+    what = f"a batch of {batch_size:,} images of {images.image_size_eval:,} px"
+    require_memory(batch_size * per_image, what, "use a smaller --per-proc-batch-size or --image-size-eval")
 
 
 def sample(
@@ -188,7 +206,7 @@ class BackgroundDecoder:
             self._store(start, codes)
 
     def _store(self, start: int, codes: torch.Tensor) -> None:
-        images = self.pipeline.decode(codes)
+        images = self.pipeline.pixels(codes)
         try:
             self.generator.check_finite()
         except FloatingPointError as error:

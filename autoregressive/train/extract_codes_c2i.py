@@ -26,11 +26,12 @@ from dataset.crops import center_crop, crop_count, cut_crops, enlarged_size, to_
 from dataset.extraction_job import Job, list_hash, open_job
 from dataset.image_batches import loaded
 from dataset.image_folder import ImageFolder, UnreadableImage, file_sizes, list_image_folder, load_rgb
-from tokenizer.base import ImageTokenizer
+from tokenizer.base import ImageTokenizer, LatentTokenizer
 from tokenizer.tokenizer_image.load import StandaloneTokenizerSettings, TokenizerInfo, build_tokenizer, check_image_size
 from utils.commands import absolute_component, command
 from utils.component import is_component
 from utils.distributed import World, init_world
+from utils.memory import require_memory
 from utils.precision import autocast, forbid_tf32
 from utils.program import UserError, run
 from utils.progress import progress
@@ -52,7 +53,9 @@ class ExtractionSettings:
     dataset: str = option("imagenet", "name of the data set, part of the store's name")
     image_size: int = recipe(256, "side of a crop in pixels; any multiple of the downsample factor", at_least=1)
     ten_crop: bool = recipe(False, "ten crops per image instead of the centre crop and its mirror image")
-    crop_range: float | None = recipe(1.1, "ten crops are cut from a square this many times --image-size", at_least=1)
+    crop_range: float | None = recipe(
+        1.1, "ten crops are cut from a square this many times --image-size", at_least=1, at_most=100
+    )
     mirror: bool = recipe(True, "store mirror images as well; not for digits or text")
     global_seed: int = option(
         0, "accepted as published; extraction draws no random numbers", at_least=0, at_most=MAX_SEED
@@ -112,14 +115,28 @@ def begin(
     asked: ExtractionSettings, info: TokenizerInfo, device: torch.device
 ) -> tuple[IO | None, Job, ImageFolder, list[int] | None]:
     """The lock that keeps others out of a job; the job, its images, and the blocks to encode (None: all is done)."""
+    settled = asked.settled(device)
+    refuse_too_large(settled)
     folder = list_image_folder(asked.data_path)
     if asked.debug:
         first = [np.flatnonzero(folder.labels == label)[:DEBUG_IMAGES] for label in range(len(folder.class_names))]
         folder = folder.subset(np.concatenate(first))
     sources = file_sizes(folder)
-    job = plan_job(asked.settled(device), info, folder, list_hash(sources), device)
+    job = plan_job(settled, info, folder, list_hash(sources), device)
     lock, pending = open_job(job, folder, sources)
     return lock, job, folder, pending
+
+
+def refuse_too_large(settled: ExtractionSettings) -> None:
+    """Raise `UserError` if the main memory does not hold a batch: its squares as bytes, its crops as numbers."""
+    crops = crop_count(settled.ten_crop, settled.mirror)
+    side = enlarged_size(settled.image_size, crops, settled.crop_range or 1)
+    squares = max(1, settled.batch_size // crops) * side**2 * 3
+    require_memory(
+        squares + settled.batch_size * settled.image_size**2 * 15,
+        f"a batch of {settled.batch_size:,} crops of {settled.image_size:,} px",
+        "use a smaller --image-size or --batch-size",
+    )
 
 
 def plan_job(
@@ -182,8 +199,7 @@ class Encoder:
         forbid_tf32()  # in attention, and in the search for the nearest code
         torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
         if meta.settings["compile"]:
-            # What chooses among the codes stays eager, where it is apart: its rounding decides between close ones.
-            part = "latent" if hasattr(tokenizer, "latent") else "encode_indices"
+            part = "latent" if isinstance(tokenizer, LatentTokenizer) else "encode_indices"
             compiled = torch.compile(getattr(tokenizer, part), dynamic=False, options={"deterministic": True})
             setattr(tokenizer, part, compiled)
 

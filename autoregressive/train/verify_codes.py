@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dataset.code_store import IMAGES_FILE, LABELS_FILE, PACKED, CodeStore, StoreMeta, open_store
+from dataset.code_check import code_problems, file_problems, label_problems, listed_files
+from dataset.code_store import IMAGES_FILE, CodeStore, StoreMeta, open_store
 from dataset.crops import center_crop, cut_crops, enlarged_size, to_model_range
 from dataset.image_folder import list_image_folder, load_rgb
 from tokenizer.base import ImageTokenizer
@@ -21,12 +22,14 @@ from tokenizer.tokenizer_image.load import StandaloneTokenizerSettings, build_to
 from tokenizer.tokenizer_image.metrics import psnr
 from tokenizer.tokenizer_image.vq_model import to_uint8
 from utils.component import is_component
-from utils.files import atomic_file, sha256
+from utils.files import atomic_file, refuse_overwriting
+from utils.memory import require_memory
 from utils.program import UserError, run
 from utils.progress import progress
 from utils.settings import MAX_SEED, REQUIRED, option, parse, recipe, settings, with_defaults
 
 SAME_IMAGE = 0.5  # share of equal codes: another precision changes some of them, another image or crop nearly all
+SHEET_PIXEL_BYTES = 24  # per pixel of an image: it and its decoded codes, alone and on the sheet
 COLUMNS, MARGIN, CAPTION, NARROWEST = 4, 8, 16, 80  # of the contact sheet, in pixels but for the first
 
 
@@ -38,11 +41,13 @@ class VerifySettings:
     output: Path = option(Path("codes.png"), "where the contact sheet goes")
     num_images: int = recipe(24, "images on the contact sheet", at_least=1)
     global_seed: int = recipe(0, "which images and crops are drawn", at_least=0, at_most=MAX_SEED)
-    crop_range: float = recipe(1.1, "crop range, where the store does not say", at_least=1)
+    crop_range: float = recipe(1.1, "crop range, where the store does not say", at_least=1, at_most=100)
 
 
 def main() -> None:
     asked = parse(VerifySettings, __doc__.split("\n")[0])
+    read = (asked.codes, asked.data_path, asked.tokenizer.vq_ckpt and Path(asked.tokenizer.vq_ckpt))
+    refuse_overwriting(asked.output, *read)
     store = open_store(asked.codes)
     print(store)
     problems = check_files(store) + check_labels(store) + check_codes(store)
@@ -57,15 +62,7 @@ def main() -> None:
 
 def check_files(store: CodeStore) -> list[str]:
     """Checksums of everything that meta.json lists."""
-    listed = dict(store.meta.files)
-    if store.meta.layout == PACKED:
-        listed |= {shard["file"]: shard["sha256"] for shard in store.meta.shards}
-    problems = []
-    for name, expected in progress(listed.items(), description="checksums", unit="files"):
-        if not (store.path / name).is_file():
-            problems.append(f"{name} is missing")
-        elif sha256(store.path / name) != expected:
-            problems.append(f"{name} does not match its checksum")
+    problems, listed = file_problems(store), listed_files(store)
     if not listed:
         print(f"files: no checksums are kept in {store.path}")
     elif not problems:
@@ -76,8 +73,8 @@ def check_files(store: CodeStore) -> list[str]:
 def check_labels(store: CodeStore) -> list[str]:
     meta, labels = store.meta, np.asarray(store.labels)
     classes = meta.num_classes or int(labels.max()) + 1
-    if labels.min() < 0 or labels.max() >= classes:
-        return [f"{LABELS_FILE} holds labels from {labels.min()} to {labels.max()}, but there are {classes} classes"]
+    if outside := label_problems(labels.min(), labels.max(), classes):
+        return outside
     counts = np.bincount(labels, minlength=classes)
     print(
         f"labels: {classes} classes with {counts.min():,} to {counts.max():,} images, median {np.median(counts):,.0f}"
@@ -99,8 +96,8 @@ def check_codes(store: CodeStore) -> list[str]:
     uses = np.zeros(size or 1 << 20, np.int64)
     with progress(description="codes", total=len(store), unit="images") as bar:
         for _, codes in store.blocks():
-            if codes.max() >= len(uses):
-                return [f"code {codes.max()} is outside the codebook of {len(uses)}"]
+            if outside := code_problems(codes.max(), len(uses)):
+                return outside
             uses += np.bincount(codes.ravel(), minlength=len(uses))
             bar.update(len(codes))
     share = uses[uses > 0] / uses.sum()
@@ -118,8 +115,12 @@ def check_images(store: CodeStore, asked: VerifySettings) -> list[str]:
     tokenizer, info = build_tokenizer(tokenizer_of(store.meta, asked.tokenizer), device)
     if store.meta.tokenizer.get("hash", info.sha256) != info.sha256:
         return [f"the codes were made with other weights than those of {asked.tokenizer.vq_ckpt}"]
+    drawn = min(asked.num_images, len(store))
+    require_memory(
+        drawn * store.meta.image_size**2 * SHEET_PIXEL_BYTES, f"a sheet of {drawn:,} images", "use fewer --num-images"
+    )
     rng = np.random.default_rng(asked.global_seed)
-    images = np.sort(rng.choice(len(store), min(asked.num_images, len(store)), replace=False))
+    images = np.sort(rng.choice(len(store), drawn, replace=False))
     crops = rng.integers(store.meta.crops, size=len(images))
     paths = source_paths(store, asked.data_path)
     sources, decoded, captions, equal = [], [], [], []

@@ -46,6 +46,7 @@ from evaluations.c2i.report import (
     warn_about_sets,
 )
 from utils.commands import command
+from utils.files import refuse_overwriting
 from utils.program import UserError, run
 from utils.settings import REQUIRED, option, parse, recipe, settings
 
@@ -113,6 +114,9 @@ class EvaluatorSettings:
 
 def main() -> None:
     settings = parse(EvaluatorSettings, DESCRIPTION)
+    if settings.save_stats:
+        images = settings.reference if settings.reference.is_file() else None
+        refuse_overwriting(settings.save_stats, images, settings.graph, Path(settings.features))
     sets = [open_images(path, settings.image_size) for path in (settings.reference, settings.sample) if path]
     for images in sets:
         if images.count <= NEIGHBOURS:
@@ -176,6 +180,7 @@ def evaluate(
     }
     compare(real, generated, settings.distances, report)
     compare_further(real, generated, settings.kid_subset_size, report)
+    report.refuse_infinite()
     report.publish(settings.report or report_path(sample.path))
 
 

@@ -7,14 +7,15 @@ source should be named. What PyTorch would unpickle when it loads one is refused
 
 import copy
 import io
+import logging
 import pickle
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from evaluations.c2i.graph_def import read_graph
 from utils.files import sha256
 from utils.precision import forbid_tf32
 from utils.program import UserError
+from utils.weight_files import refuse_foreign, verify_archive
 
 IMAGE_NODE, POOL_NODE, SPATIAL_NODE, LOGITS_NODE = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
 PUBLISHED_CLASSIFIER = (2048, 1008)
@@ -79,6 +81,8 @@ class InceptionNetwork(nn.Module):
             nodes = read_graph(path)
             self.graph = FrozenGraph(nodes, IMAGE_NODE, (POOL_NODE, SPATIAL_NODE))
             classifier = torch.from_numpy(nodes[nodes[LOGITS_NODE].inputs[1]].constant().astype(np.float32))
+            if not all(value.isfinite().all() for value in (*self.graph.state_dict().values(), classifier)):
+                raise ValueError("weights that are NaN or infinite")
             self.register_buffer("classifier", classifier)  # (D, C), used without the bias, as in ADM
             pool, spatial = copy.deepcopy(self.graph).to("meta")(torch.empty(1, 299, 299, 3, device="meta"))
             pool.flatten(1) @ classifier.to("meta")  # they fit
@@ -205,15 +209,16 @@ class ExportedFeatures(FeatureNetwork):
 
 
 def load_exported(path: Path, device: torch.device) -> torch.nn.Module:
-    """The module in `path`, on `device`. `UserError` if it is missing or is no exported program."""
+    """The module in `path`, on `device`. `UserError` if it is missing, damaged, or no exported program."""
     if not path.is_file():
         raise UserError(f"there is no exported network {path}; make one with torch.export.save (see the README).")
-    if not zipfile.is_zipfile(path):  # of which PyTorch would log a traceback
-        raise UserError(f"{path} is not a torch.export file; save it with torch.export.save.")
+    _refuse_other_archives(path)
+    verify_archive(path)
     try:
         if _holds_pickles(path):
             raise UserError(f"{path} holds pickled objects, which could run code when loaded; export plain tensors.")
-        program = torch.export.load(str(path))
+        with _without_log():
+            program = torch.export.load(str(path))
     except UserError:
         raise
     except Exception as error:  # whatever a damaged or foreign archive makes PyTorch's reader raise
@@ -221,7 +226,31 @@ def load_exported(path: Path, device: torch.device) -> torch.nn.Module:
             f"{path} is not a torch.export file that can be loaded ({_first_line(error)}); "
             "save it with torch.export.save and the installed PyTorch."
         ) from error
+    for name, tensor in {**program.state_dict, **program.constants}.items():
+        if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+            raise UserError(f"{path} holds weights that are NaN or infinite ({name}); train or export it again.")
     return move_to_device_pass(program, str(device)).module()
+
+
+def _refuse_other_archives(path: Path) -> None:
+    """Raise `UserError` unless `path` is an archive of the kind that torch.export.save writes, or wrote until 2.7."""
+    names = set()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    if not {"archive_format", "serialized_exported_program.json"} & names:
+        refuse_foreign(path, "a torch.export file")
+        raise UserError(f"{path} is not a torch.export file; save it with torch.export.save.")
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """PyTorch logs the traceback of what it then raises."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _holds_pickles(path: Path) -> bool:

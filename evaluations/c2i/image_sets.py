@@ -13,11 +13,14 @@ import numpy as np
 from dataset.background import work_ahead
 from dataset.crops import center_crop
 from dataset.image_archives import ArchivedImage, archives_at
-from dataset.image_folder import EXTENSIONS, list_image_folder, load_rgb
+from dataset.image_folder import list_image_folder, load_rgb
+from dataset.image_tree import EXTENSIONS, ImageTree
+from utils.memory import require_memory
 from utils.program import UserError
 
 MAX_BATCH_BYTES = 1 << 28  # of images; a batch may always hold one
 DECODERS = 8  # threads
+PIXEL_BYTES = 6  # while an image is scaled: before and after
 
 
 class ImageSet:
@@ -146,9 +149,14 @@ class FolderImages(ImageSet):
             archived = list_image_folder(path)
             self.files = [archived.path(image) for image in range(len(archived))]
         else:
-            self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+            tree = ImageTree(path)
+            self.files = sorted(path / name for name in tree.images())
+            tree.remarks().tell(path)
         if not self.files:
             raise UserError(f"the folder {path} holds no images ({', '.join(EXTENSIONS)}).")
+        if crop:
+            needed = crop * crop * PIXEL_BYTES * DECODERS
+            require_memory(needed, f"decoding images of {crop} pixels", "use a smaller --image-size")
         self.count = len(self.files)
         self.width, self.height = (crop, crop) if crop else load_rgb(self.files[0]).size
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from evaluations.c2i.features import FeatureNetwork, Features
 from evaluations.c2i.image_sets import ImageSet, prefetched
-from evaluations.c2i.metrics import Gaussian, GaussianAccumulator, InceptionScoreAccumulator
+from evaluations.c2i.metrics import Gaussian, GaussianAccumulator, InceptionScoreAccumulator, is_covariance
 from utils.files import atomic_file
+from utils.memory import require_memory
 from utils.program import UserError
 from utils.progress import progress
 
@@ -44,7 +45,10 @@ def measure(
     labels: np.ndarray | None = None,
 ) -> Measured:
     """Features of all images; the Gaussians of pool and spatial features that are `known` are not computed again."""
-    pool = torch.empty(images.count, network.dimensions(images.height, images.width)[0], device=network.device)
+    width = network.dimensions(images.height, images.width)[0]
+    if network.device.type == "cpu":
+        require_memory(images.count * width * 4, f"the features of {images.count:,} images", "evaluate fewer images")
+    pool = torch.empty(images.count, width, device=network.device)
     gaussians = [GaussianAccumulator(), GaussianAccumulator()]
     inception_score = InceptionScoreAccumulator()
     finite = torch.ones((), dtype=torch.bool, device=network.device)
@@ -128,7 +132,13 @@ def _gaussian(images: ImageSet, mean: str, covariance: str, width: int, device: 
             )
         if not np.isfinite(array).all():
             raise UserError(f"{name} of {images.path} holds NaN or infinite numbers; get or make the file again.")
-    return Gaussian(*(torch.from_numpy(array.astype(np.float64)).to(device) for array in arrays.values()))
+    found = Gaussian(*(torch.from_numpy(array.astype(np.float64)).to(device) for array in arrays.values()))
+    if not is_covariance(found.covariance):
+        raise UserError(
+            f"{covariance} of {images.path} is no covariance: it is not symmetric, or has a negative eigenvalue; get "
+            "or make the file again."
+        )
+    return found
 
 
 def _features(network: FeatureNetwork, batch: Tensor) -> Features:

@@ -51,6 +51,16 @@ class GaussianAccumulator:
         return Gaussian(self.origin + deviation, covariance, self.count)
 
 
+def is_covariance(matrix: Tensor) -> bool:
+    """Whether (D, D) `matrix` is symmetric and has no negative eigenvalue, as far as float32 can tell."""
+    scale = matrix.diagonal().abs().max()
+    rounding = len(matrix) * torch.finfo(torch.float32).eps * scale
+    if (matrix - matrix.T).abs().max() > rounding:
+        return False
+    intact = not torch.linalg.cholesky_ex(matrix)[1]  # quick, but fails for singular matrices, too
+    return intact or bool(torch.linalg.eigvalsh(matrix).min() >= -rounding)
+
+
 def frechet_distance(first: Gaussian, second: Gaussian) -> tuple[float, bool]:
     """Fréchet distance |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) (Dowson and Landau 1982) and whether it was singular.
 

@@ -1,5 +1,6 @@
 """What an evaluation tells: warnings in plain words, the numbers on screen, the published .txt and a .json."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 
 from evaluations.c2i.image_sets import ImageSet
 from utils.files import atomic_file, write_json
+from utils.program import UserError
 
 PUBLISHED_SAMPLES, PUBLISHED_REFERENCES = 50_000, 10_000
 TITLES = {
@@ -47,6 +49,15 @@ class Report:
     def warn(self, sentence: str) -> None:
         self.warnings.append(sentence)
         print(f"warning: {sentence}", file=sys.stderr)
+
+    def refuse_infinite(self) -> None:
+        """Raise `UserError` if a metric is no number: statistics and features so large overflow."""
+        for name, value in self.metrics.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{TITLES[name]} comes out as {value}, because statistics or features are astronomically large; "
+                    "get or make the reference and the feature network again."
+                )
 
     def publish(self, path: Path) -> None:
         """Print the numbers, then write `path`.txt and `path`.json."""

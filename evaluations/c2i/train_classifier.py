@@ -15,7 +15,8 @@ from torch import nn
 from dataset.crops import center_crop
 from dataset.image_folder import ImageFolder, list_image_folder, load_rgb
 from utils.commands import command
-from utils.files import atomic_file, write_json
+from utils.files import atomic_file, refuse_overwriting, write_json
+from utils.memory import require_memory
 from utils.program import UserError, run
 from utils.progress import progress
 from utils.settings import MAX_SEED, REQUIRED, option, parse, recipe, settings
@@ -60,6 +61,9 @@ class Classifier(nn.Module):
 def main() -> None:
     settings = parse(ClassifierSettings, "Train a small classifier on an image folder as a feature network.")
     torch.manual_seed(settings.seed)
+    if settings.output.suffix == ".json":
+        raise UserError(f"--output {settings.output} is the name of the accuracies; let it end in .pt2.")
+    refuse_overwriting(settings.output, *map(Path, filter(None, (settings.data_path, settings.val_data_path))))
     folder = list_image_folder(settings.data_path)
     images, labels = load_images(folder, settings.image_size)
     held_out = list_image_folder(settings.val_data_path) if settings.val_data_path else None
@@ -83,6 +87,8 @@ def main() -> None:
 
 def load_images(folder: ImageFolder, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Centre crops `(N, size, size, 3)` uint8 and labels `(N,)` of a whole folder, in memory."""
+    needed = len(folder) * size * size * 3
+    require_memory(2 * needed, f"{len(folder):,} images of {size} pixels", "use fewer, or a smaller --image-size")
     crops = (center_crop(load_rgb(folder.path(i)), size) for i in range(len(folder)))
     bar = progress(crops, description="reading images", total=len(folder), unit="img")
     return torch.stack([torch.tensor(crop) for crop in bar]), torch.as_tensor(folder.labels, dtype=torch.int64)

@@ -42,9 +42,12 @@ class TinyClassifier(torch.nn.Module):
 
 @cache
 def tiny_network() -> Path:
-    path = Path(mkdtemp(prefix="npp-network-")) / "tiny.pt2"
+    return exported(TinyClassifier(), Path(mkdtemp(prefix="npp-network-")) / "tiny.pt2")
+
+
+def exported(module: torch.nn.Module, path: Path) -> Path:
     batch = torch.export.Dim("batch")
-    program = torch.export.export(TinyClassifier(), (torch.zeros(2, 16, 16, 3),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(module, (torch.zeros(2, 16, 16, 3),), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)
     return path
 
@@ -316,8 +319,18 @@ def test_refusals(sets, monkeypatch, capsys, tmp_path):
     assert "the reference belongs to another network" in refusal(tmp_path / "other.npz", sample, *network)
     np.savez(tmp_path / "nan.npz", arr_0=np.load(reference)["arr_0"], mu=np.full(6, np.nan), sigma=np.eye(6))
     assert "holds NaN or infinite numbers" in refusal(tmp_path / "nan.npz", sample, *network)
+    eye, crooked = np.eye(6), np.eye(6)
+    crooked[0, 1] = 0.5
+    bad = {"negative": (-eye, eye), "crooked": (crooked, eye), "spatial": (eye, -eye)}
+    for name, sigmas in bad.items():
+        moments = dict(zip(("sigma", "sigma_s"), sigmas, strict=True)) | {"mu": np.zeros(6), "mu_s": np.zeros(6)}
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.load(reference)["arr_0"], **moments)
+        assert "is no covariance" in refusal(tmp_path / f"{name}.npz", sample, *network)
+    moments = {"mu": np.full(6, 1e300), "sigma": np.eye(6), "mu_s": np.zeros(6), "sigma_s": np.eye(6)}
+    np.savez(tmp_path / "huge.npz", arr_0=np.load(reference)["arr_0"], **moments)
+    assert "FID comes out as inf" in refusal(tmp_path / "huge.npz", sample, *network)
     assert "there is no exported network" in refusal(reference, sample, "--features", tmp_path / "none.pt2")
-    assert "is not a torch.export file" in refusal(reference, sample, "--features", __file__)
+    assert "is a text file, not a torch.export file" in refusal(reference, sample, "--features", __file__)
     np.savez(tmp_path / "larger.npz", arr_0=synthetic_images(0, 5, 24, 24))
     assert "does not accept images of shape" in refusal(reference, tmp_path / "larger.npz", *network)
     assert "there is no graph file" in refusal(reference, sample, "--graph", tmp_path / "none.pb")
@@ -334,6 +347,12 @@ def test_refusals(sets, monkeypatch, capsys, tmp_path):
     for flag, value in (("--report", tmp_path / "x"), ("--distances", "exact"), ("--kid-subset-size", 9)):
         assert "belong to a comparison" in refusal(*saving, *network, flag, value)
     assert not (tmp_path / "own.npz").exists()
+    before = reference.read_bytes()
+    (tmp_path / "link.npz").symlink_to(reference)
+    for output in (reference, tmp_path / "link.npz", tiny_network()):
+        assert "is one of the files that are read" in refusal(reference, "--save-stats", output, *network)
+    assert reference.read_bytes() == before
+    assert "is a device or a pipe" in refusal(reference, "--save-stats", "/dev/null", *network)
     assert not sample.with_suffix(".txt").exists()
     assert not sample.with_suffix(".json").exists()
 
@@ -402,6 +421,14 @@ def test_features_that_are_not_finite(sets, monkeypatch, capsys, tmp_path):
     broken = InceptionGraph(32, repeated=True).content().replace(np.float32(0.001).tobytes(), np.float32(-9).tobytes())
     (tmp_path / "graph.pb").write_bytes(broken)  # the root of a negative variance
     message = refuse(monkeypatch, capsys, *sets, "--graph", tmp_path / "graph.pb")
+    assert "is damaged (weights that are NaN or infinite)" in message
+
+    class Undefined(TinyClassifier):
+        def forward(self, images):
+            pool, spatial, logits = super().forward(images)
+            return pool / (pool - pool), spatial, logits
+
+    message = refuse(monkeypatch, capsys, *sets, "--features", exported(Undefined(), tmp_path / "undefined.pt2"))
     assert "gives NaN or infinite features" in message
 
 
@@ -432,6 +459,27 @@ def test_a_damaged_exported_network(sets, monkeypatch, capsys, tmp_path):
     for ending, content in (("weights_config.json", b"{"), ("models/model.json", b"{}")):
         damaged = rewritten(tmp_path / "damaged.pt2", ending, content)
         assert "is not a torch.export file" in refuse(monkeypatch, capsys, *sets, "--features", damaged)
+
+
+def test_files_that_are_no_exported_networks(sets, monkeypatch, capfd, tmp_path):
+    """What PyTorch logs of them is silenced: `refuse` would find its traceback."""
+
+    def refusal(path):
+        return refuse(monkeypatch, capfd, *sets, "--features", path)
+
+    assert "is a NumPy archive, not a torch.export file" in refusal(sets[0])
+    (tmp_path / "page.pt2").write_text("<!DOCTYPE html><html>sign in</html>")
+    assert "is a web page" in refusal(tmp_path / "page.pt2")
+    with zipfile.ZipFile(tmp_path / "foreign.pt2", "w") as archive:
+        archive.writestr("README", "nothing")
+    assert "not a torch.export file" in refusal(tmp_path / "foreign.pt2")
+    content = bytearray(tiny_network().read_bytes())
+    content[content.index(b"nodes")] ^= 1
+    (tmp_path / "flipped.pt2").write_bytes(content)
+    assert "differs from its checksum" in refusal(tmp_path / "flipped.pt2")
+    module = TinyClassifier()
+    module.register_buffer("scale", torch.tensor(torch.inf))
+    assert "weights that are NaN or infinite (scale)" in refusal(exported(module, tmp_path / "infinite.pt2"))
 
 
 class Trap:

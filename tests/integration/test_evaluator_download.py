@@ -77,7 +77,10 @@ def test_downloaded_once(server, tmp_path):
         assert path == tmp_path / NAME
         assert path.read_bytes() == CONTENT
     assert server.ranges == [None]
-    assert left(tmp_path) == [NAME]
+    assert left(tmp_path) == [NAME, f"{NAME}.sha256"]
+    path.write_bytes(CONTENT[:-1] + b"?")
+    with pytest.raises(UserError, match="is not the file that was downloaded; remove it and .*sha256 to fetch it"):
+        cached_graph(accept, server.url, tmp_path)
 
 
 @pytest.mark.parametrize("honours_range", [True, False])

@@ -1,6 +1,7 @@
 """--data-path as `.tar` shards or a `.zip`: the same images in the same order, and the same store, bit for bit."""
 
 import io
+import os
 import subprocess
 import tarfile
 import zipfile
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from dataset.image_batches import RandomViews
-from dataset.image_folder import file_sizes, list_image_folder, load_rgb
+from dataset.image_folder import UnreadableImage, file_sizes, list_image_folder, load_rgb
 from tests.tiny_extraction import arguments, contents, extract, make_images, make_tokenizer
 from utils.program import UserError
 
@@ -167,3 +168,35 @@ def test_refusals(images, tmp_path):
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
     refused(tmp_path / "empty.zip", "holds no images")
+
+
+def test_links_in_tar_shards_are_the_files_they_lead_to(tmp_path, capsys):
+    (tmp_path / "images/ant").mkdir(parents=True)
+    (tmp_path / "images/ant/0.png").write_bytes(png(10))
+    os.link(tmp_path / "images/ant/0.png", tmp_path / "images/ant/1.png")
+    os.symlink("0.png", tmp_path / "images/ant/2.png")
+    os.symlink("2.png", tmp_path / "images/ant/3.png")
+    os.symlink("/elsewhere.png", tmp_path / "images/ant/4.png")
+    os.symlink("ant", tmp_path / "images/bee")
+    os.mkfifo(tmp_path / "images/ant/5.png")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(tmp_path / "images", ".")
+    folder = list_image_folder(tmp_path / "shard.tar")
+    assert list(folder.paths) == [f"ant/{number}.png" for number in range(6)]
+    assert [load_rgb(folder.path(number)).getpixel((0, 0)) for number in range(4)] == [(10, 0, 0)] * 4
+    for number in (4, 5):
+        with pytest.raises(UnreadableImage, match="not a regular file"):
+            load_rgb(folder.path(number))
+    assert [size for _, size in file_sizes(folder)][4:] == [-1, -1]
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {tmp_path}/shard.tar: 1 links in it, to a folder or to nothing, are left out, such as bee",
+        f"note: {tmp_path}/shard.tar: 3 images are there more than once, through links, such as ant/1.png",
+    ]
+
+
+def test_hidden_entries_of_archives_are_left_out(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for name in ("ant/0.png", "__MACOSX/ant/._0.png", "ant/.thumbnails/0.png"):
+            archive.writestr(name, png(10))
+    assert list(list_image_folder(tmp_path / "mac.zip").paths) == ["ant/0.png"]
+    assert "2 hidden files or folders are left out" in capsys.readouterr().err

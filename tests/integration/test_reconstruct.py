@@ -159,6 +159,7 @@ def test_lpips_when_asked_for(images, tokenizer, tmp_path):
         ({"--codebook-size": 32}, "--codebook-size (64 there, 32 here)"),
         ({"--vq-model": "VQ-8"}, "--vq-model (VQ-Tiny there, VQ-8 here)"),
         ({"--per-proc-batch-size": 0}, "--per-proc-batch-size must be at least 1"),
+        ({"--image-size-eval": 10**8}, "a batch of 3 images of 100,000,000 px takes"),
     ],
     ids=str,
 )

@@ -116,12 +116,12 @@ def test_the_script_killed_for_real_continues_where_it_was(models, reference, tm
     script = ["bash", "scripts/autoregressive/sample_c2i.sh", *command(models, tmp_path)]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1"}
     process = subprocess.Popen(script, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    done = tmp_path / f"{NAME}.partial" / "done.u8"
-    while process.poll() is None and not (done.exists() and any(done.read_bytes())):
+    sums = tmp_path / f"{NAME}.partial" / "sums.u32"
+    while process.poll() is None and not (sums.exists() and any(sums.read_bytes())):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < sum(done.read_bytes()) < 64
+    assert 0 < np.count_nonzero(np.fromfile(sums, np.uint32)) < 64
     assert not (tmp_path / f"{NAME}.npz").exists()
     run_sampler(command(models, tmp_path), tmp_path / "printed")
     assert (tmp_path / f"{NAME}.npz").read_bytes() == (reference[0] / f"{NAME}.npz").read_bytes()
@@ -235,8 +235,35 @@ def test_a_bare_file_is_sampled_with_a_warning_that_its_size_is_not_known(models
 
 def test_weights_that_give_no_finite_logits(models, tmp_path, monkeypatch):
     state = torch.load(models / "bare.pt", weights_only=True)
-    state["norm.weight"].fill_(torch.nan)
-    torch.save(state, models / "nan.pt")
+    state["norm.weight"].fill_(3e38)  # finite, as reading demands, but no product of it is
+    torch.save(state, models / "huge.pt")
     with pytest.raises(UserError, match="logits are not finite"):
-        call(monkeypatch, flags(models, "nan.pt", image_size_eval=16, num_fid_samples=2, sample_dir=tmp_path))
+        call(monkeypatch, flags(models, "huge.pt", image_size_eval=16, num_fid_samples=2, sample_dir=tmp_path))
     assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (dict(num_fid_samples=2**50), "a list of .* images takes .* PiB of memory, and .* are free; use fewer"),
+        (dict(per_proc_batch_size=10**9), "a batch of .* images of 16 px takes .* TiB of memory.*--per-proc"),
+        (dict(image_size_eval=10**8), "images of 100,000,000 px takes .* PiB of memory.*--image-size-eval"),
+    ],
+)
+def test_sizes_beyond_the_memory_are_refused_before_they_are_taken(models, monkeypatch, tmp_path, changes, what):
+    with pytest.raises(UserError, match=what):
+        call(monkeypatch, command(models, tmp_path, **changes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [100, 3 * 768 + 5])
+def test_images_damaged_by_an_interruption_are_drawn_again(models, reference, monkeypatch, tmp_path, place, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_c2i_ddp, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            call(patch, command(models, tmp_path))
+    with open(tmp_path / f"{NAME}.partial" / "images.u8", "r+b") as file:
+        file.truncate(file.seek(0, 2) - place)  # what was lost reads as zeros: black
+    call(monkeypatch, command(models, tmp_path))
+    assert f"{-(-place // 768)} images in " in capsys.readouterr().out
+    assert (tmp_path / f"{NAME}.npz").read_bytes() == (reference[0] / f"{NAME}.npz").read_bytes()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from autoregressive import export
+from autoregressive.demo import main as demo
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import config, extract_codes_c2i, verify_codes
 from dataset import convert_codes
@@ -27,6 +29,8 @@ SETTINGS = {
     "scripts/autoregressive/train_c2i.sh": config.TrainSettings,
     "scripts/autoregressive/train_c2i_fsdp.sh": config.TrainSettings,
     "scripts/autoregressive/sample_c2i.sh": sample_c2i_ddp.SampleSettings,
+    "scripts/export.sh": export.ExportSettings,
+    "scripts/demo.sh": demo.DemoSettings,
     "scripts/autoregressive/sample_one_c2i.sh": sample_c2i.PictureSettings,
     "evaluations/c2i/evaluator.py": evaluator.EvaluatorSettings,
 }

@@ -188,9 +188,10 @@ def test_a_failing_disk_is_not_taken_for_a_broken_image(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
+    path = saved(tmp_path, Image.fromarray(COLOURS), "a.png")
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(OSError, match="Input/output"):
-        load_rgb(tmp_path / "a.png")
+        load_rgb(path)
 
 
 def test_the_error_travels_between_processes():

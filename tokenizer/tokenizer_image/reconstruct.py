@@ -25,13 +25,15 @@ from tokenizer.tokenizer_image.metrics import SSIM_WINDOW, ReconstructionScores
 from tokenizer.tokenizer_image.vq_model import to_uint8
 from utils.commands import command
 from utils.distributed import World, init_world
-from utils.files import atomic_file
+from utils.files import atomic_file, read_json
+from utils.memory import require_memory
 from utils.precision import PRECISIONS, autocast, forbid_tf32
 from utils.program import run
 from utils.progress import progress
 from utils.settings import REQUIRED, SettingError, identity, option, parse, recipe, settings
 
 PICTURE_IMAGES = 8
+BATCH_PIXEL_BYTES = 30  # in main memory at least: images and reconstructions as bytes, and as numbers
 
 
 @settings("reconstruction")
@@ -72,6 +74,9 @@ def main() -> None:
     model, tokenizer = build_tokenizer(settings.tokenizer, world.device)
     check_image_size(settings.image_size, tokenizer.name, tokenizer.downsample_factor)
     folder = list_image_folder(settings.data_path)
+    batch, size = min(settings.per_proc_batch_size, len(folder)), max(settings.image_size, settings.eval_size)
+    remedy = "use a smaller --per-proc-batch-size or --image-size"
+    require_memory(batch * size**2 * BATCH_PIXEL_BYTES, f"a batch of {batch:,} images of {size:,} px", remedy)
     if world.is_main:
         print(f"tokenizer: {tokenizer}")
     stores, complete = open_stores(settings, folder, tokenizer, world)
@@ -171,7 +176,7 @@ def save_picture(settings: ReconstructSettings, folder: ImageFolder, store: Imag
 
 
 def report(settings: ReconstructSettings, stores: list[ImageStore], tokenizer: TokenizerInfo) -> None:
-    found = json.loads(stores[0].report.read_text())
+    found = read_json(stores[0].report, f"move {stores[0].result} away", "scores", "images")
     scores = found["scores"]
     print(
         f"{found['images']:,} images: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}, "
