@@ -8,14 +8,16 @@ draw        one code of the whole codebook from its logits (`draw_codes` and `dr
 step        how much of a whole step's time the device computes, and what graphs and compilation save
 decoder     codes to pixels (`Pipeline._prepare_decoder` and IMAGES_DECODED_AT_ONCE in sample/pipeline.py)
 
-The first alternative of each group is what the program does now: "published" in its table stands for that. On a GPU
-each runs in a CUDA graph, so that what is compared is the device's work. An alternative that gives other results than
-the first is measured, and never named as the winner.
+The first alternative of each group is what the program does now: "published" in its table stands for that, which rows
+repeat. On a GPU each runs in a CUDA graph, so that what is compared is the device's work, and every call of attention
+reads another copy of the cache, as layers do, so that none is left in the GPU's own. An alternative that gives other
+results than the first is measured, and never named as the winner.
 """
 
 import math
 import statistics
 from collections.abc import Callable
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autoregressive.models.generate import LENGTHS, CodeGenerator, compile_repeatably
 from autoregressive.models.gpt import GPT_SIZES, Transformer, model_args
 from autoregressive.models.sampling import PARTS, Sampling, draw_codes, draw_gumbel
-from benchmarks.machine import chosen_device, describe, first_line, measured_speed, seconds
+from benchmarks.machine import chosen_device, counted_flops, describe, first_line, measured_speed, seconds
 from benchmarks.report import MeasurementSettings, Rows
-from benchmarks.sampling import random_gpt
+from benchmarks.sampling import floor_seconds, random_gpt
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.precision import DTYPES, PRECISIONS, forbid_tf32
 from utils.program import run
@@ -35,7 +37,9 @@ from utils.settings import option, parse, recipe, settings
 
 GROUPS = ("attention", "draw", "step", "decoder")
 CALLS = {"cpu": 3, "cuda": 50}  # in one measurement; on a GPU in one graph
+READ_BYTES = 2**28  # by the calls of one measurement, before any is read again: more than a GPU's cache holds
 Way = Callable[[], Tensor]
+Caches = list[tuple[Tensor, Tensor]]  # equal ones, of keys and values
 
 
 @settings("decoding alternatives")
@@ -91,6 +95,7 @@ class Contest:
             if error <= tolerance:
                 self.times[name] = time
         now = self.times.get(self.now)
+        note |= {"compared_with": "what is done now"} if now else {}
         self.rows.add(f"{self.name}: {name}", time, "us", now, floor and 1e6 * floor, **note)
 
     def finish(self) -> None:
@@ -108,7 +113,11 @@ def in_graph(way: Way, calls: int, device: torch.device) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what initialises itself at the first call must not do so while it is captured
-        way()
+        torch.cuda.set_sync_debug_mode("error")  # what waits for the device cannot be captured either
+        try:
+            way()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -117,7 +126,7 @@ def in_graph(way: Way, calls: int, device: torch.device) -> Callable[[], None]:
     return graph.replay
 
 
-def compare_attention(options: DecodingSettings, device: torch.device, rows: Rows, bandwidth: float) -> None:
+def compare_attention(options: DecodingSettings, device: torch.device, rows: Rows, speed: tuple[float, float]) -> None:
     args, dtype = model_args(options.gpt_model), options.dtype_on(device)
     step = -(-options.codes // (8 * LENGTHS)) * 8
     for filled in options.filled:
@@ -130,6 +139,8 @@ def compare_attention(options: DecodingSettings, device: torch.device, rows: Row
             causal = torch.full((options.codes,), -torch.inf, dtype=dtype)
             causal[:filled] = 0
         moved = 2 * math.prod(shape[:2]) * filled * args.head_dim * dtype.itemsize
+        copies = min(CALLS[device.type], 1 + READ_BYTES // moved)
+        caches = [(keys, values)] + [(keys.clone(), values.clone()) for _ in range(copies - 1)]
         contest = Contest(
             f"attention {options.gpt_model}, {shape[0]} rows, {filled} filled",
             options,
@@ -139,21 +150,26 @@ def compare_attention(options: DecodingSettings, device: torch.device, rows: Row
         )
         tolerance = 1e-4 if dtype == torch.float32 else 0.03
         compiled = options.compiled_on(device)
-        for name, make in attention_ways(query, keys, values, causal, filled, length, compiled).items():
-            contest.enter(name, make, tolerance, moved / bandwidth)
+        for name, make in attention_ways(query, caches, causal, filled, length, compiled).items():
+            contest.enter(name, make, tolerance, moved / speed[0])
         contest.finish()
 
 
 def attention_ways(
-    query: Tensor, keys: Tensor, values: Tensor, causal: Tensor, filled: int, length: int, compiled: bool
+    query: Tensor, caches: Caches, causal: Tensor, filled: int, length: int, compiled: bool
 ) -> dict[str, Callable[[], Way]]:
-    """Ways to attend from `query` (R, H, 1, d) to the first `filled` of the cache's positions (R, H, S, d)."""
-    padded, exact = (keys[:, :, :length], values[:, :, :length]), (keys[:, :, :filled], values[:, :, :filled])
+    """Ways to attend from `query` (R, H, 1, d) to the first `filled` positions of keys and values (R, H, S, d).
+
+    Every call takes the next of the equal `caches`.
+    """
+    padded, exact = ([tuple(part[:, :, :end] for part in cache) for cache in caches] for end in (length, filled))
     mask = causal[:length].view(1, 1, 1, -1)
 
-    def sdpa(part: tuple[Tensor, Tensor], mask: Tensor | None, *backends: SDPBackend) -> Callable[[], Way]:
+    def sdpa(parts: Caches, mask: Tensor | None, *backends: SDPBackend) -> Callable[[], Way]:
+        turns = cycle(parts)
+
         def way() -> Tensor:
-            return F.scaled_dot_product_attention(query, *part, attn_mask=mask)
+            return F.scaled_dot_product_attention(query, *next(turns), attn_mask=mask)
 
         def only() -> Tensor:
             with sdpa_kernel(list(backends)):
@@ -163,11 +179,11 @@ def attention_ways(
 
     ways = {
         f"masked SDPA over {length}, as now": sdpa(padded, mask),
-        "masked SDPA over the whole cache": sdpa((keys, values), causal.view(1, 1, 1, -1)),
+        "masked SDPA over the whole cache": sdpa(caches, causal.view(1, 1, 1, -1)),
         "SDPA over exactly the filled length": sdpa(exact, None),
     }
     if compiled:
-        ways[f"two products over {length}, compiled"] = lambda: products_way(query, *padded, mask)
+        ways[f"two products over {length}, compiled"] = lambda: products_way(query, padded, mask)
     if query.device.type == "cpu":
         return ways
     return ways | {
@@ -176,53 +192,59 @@ def attention_ways(
         f"masked SDPA over {length}, math": sdpa(padded, mask, SDPBackend.MATH),
         "flash over exactly the filled length": sdpa(exact, None, SDPBackend.FLASH_ATTENTION),
         "cuDNN over exactly the filled length": sdpa(exact, None, SDPBackend.CUDNN_ATTENTION),
-        "flash, length on the device (varlen)": lambda: varlen_way(query, keys, values, filled),
-        "flex attention, length on the device": lambda: flex_way(query, keys, values, filled),
+        "flash, length on the device (varlen)": lambda: varlen_way(query, caches, filled),
+        "flex attention, length on the device": lambda: flex_way(query, caches, filled),
     }
 
 
-def products_way(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Way:
+def products_way(query: Tensor, caches: Caches, mask: Tensor) -> Way:
     def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         scores = (query * keys.shape[-1] ** -0.5) @ keys.transpose(-1, -2) + mask
         return scores.float().softmax(-1).to(values.dtype) @ values
 
-    compiled = torch.compile(attend, dynamic=False)
-    return lambda: compiled(query, keys, values)
+    compiled, turns = torch.compile(attend, dynamic=False), cycle(caches)
+    return lambda: compiled(query, *next(turns))
 
 
-def flex_way(query: Tensor, keys: Tensor, values: Tensor, filled: int) -> Way:
+def flex_way(query: Tensor, caches: Caches, filled: int) -> Way:
     """Flex attention's decoding kernel; how far it attends is a number on the device, so that one graph serves all."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     last = torch.tensor(filled - 1, device=query.device)
-    visible = create_block_mask(lambda b, h, q, kv: kv <= last, None, None, 1, keys.shape[2], device=query.device)
+    capacity, turns = caches[0][0].shape[2], cycle(caches)
+    visible = create_block_mask(lambda b, h, q, kv: kv <= last, None, None, 1, capacity, device=query.device)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(query, keys, values, block_mask=visible)
+    return lambda: compiled(query, *next(turns), block_mask=visible)
 
 
-def varlen_way(query: Tensor, keys: Tensor, values: Tensor, filled: int) -> Way:
+def varlen_way(query: Tensor, caches: Caches, filled: int) -> Way:
     """The flash kernel with lengths on the device: rows of the cache one behind the other, each read to `seqused_k`.
 
     It wants the cache as (R, S, H, d), which is no more work to fill.
     """
-    rows, heads, capacity, width = keys.shape
-    flat = [part.transpose(1, 2).reshape(rows * capacity, heads, width) for part in (keys, values)]
-    numbers = {"dtype": torch.int32, "device": keys.device}
+    rows, heads, capacity, width = caches[0][0].shape
+    turns = cycle([[part.transpose(1, 2).reshape(-1, heads, width) for part in cache] for cache in caches])
+    numbers = {"dtype": torch.int32, "device": query.device}
     queries, starts = torch.arange(rows + 1, **numbers), torch.arange(rows + 1, **numbers) * capacity
     used, packed = torch.full((rows,), filled, **numbers), query.transpose(1, 2).reshape(rows, heads, width)
     flash = torch.ops.aten._flash_attention_forward
     more = {"seqused_k": used}
-    return lambda: flash(packed, *flat, queries, starts, 1, capacity, 0.0, False, False, **more)[0].view(query.shape)
+
+    def way() -> Tensor:
+        out = flash(packed, *next(turns), queries, starts, 1, capacity, 0.0, False, False, **more)[0]
+        return out.view(query.shape)
+
+    return way
 
 
-def compare_draws(options: DecodingSettings, device: torch.device, rows: Rows, bandwidth: float) -> None:
+def compare_draws(options: DecodingSettings, device: torch.device, rows: Rows, speed: tuple[float, float]) -> None:
     batch, vocab = options.batch_size, model_args(options.gpt_model).vocab_size
     torch.manual_seed(0)
     with device:
         logits, uniforms = 3 * torch.randn(batch, vocab), torch.rand(batch, dtype=torch.float64)
     compiled = options.compiled_on(device)
     prepare = compile_repeatably if compiled else lambda function: function
-    floor = logits.nbytes / bandwidth
+    floor = logits.nbytes / speed[0]
     place = "draw_codes (autoregressive/models/sampling.py)"
     contest = Contest(f"draw of {vocab:,}, {batch} images", options, device, rows, place)
     same, other = 0.0, None
@@ -262,12 +284,13 @@ def draw_in_float64(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
-def compare_steps(options: DecodingSettings, device: torch.device, rows: Rows, bandwidth: float) -> None:
+def compare_steps(options: DecodingSettings, device: torch.device, rows: Rows, speed: tuple[float, float]) -> None:
     """Whole steps: time between two tokens, and the part of it in which the device computes."""
     side, batch = math.isqrt(options.codes), options.batch_size
     model = random_gpt(Transformer, options.gpt_model, side, options.dtype_on(device), device)
     labels, uniforms = torch.arange(batch) % 10, torch.rand(batch, options.codes, dtype=torch.float64)
     name = f"step {options.gpt_model}, batch {batch}"
+    floor = 1e6 * floor_seconds(model, batch, options.codes, *speed) / options.codes
     for compiled in (True, False) if options.compiled_on(device) else (False,):
         generator = CodeGenerator(model, batch, options.codes, Sampling(2.0), compile=compiled)
         generator(labels, uniforms)
@@ -275,8 +298,7 @@ def compare_steps(options: DecodingSettings, device: torch.device, rows: Rows, b
         how = ("compiled" if compiled else "eager") + (", CUDA graphs" if device.type == "cuda" else "")
         per_token = 1e6 * statistics.median(times) / options.codes
         busy = busy_share(lambda: generator(labels, uniforms), device)  # noqa: B023
-        weights = sum(p.nbytes for p in model.layers.parameters()) + model.output.weight.nbytes
-        rows.add(f"{name}: {how}", per_token, "us", None, 1e6 * weights / bandwidth, device_busy=busy)
+        rows.add(f"{name}: {how}", per_token, "us", None, floor, device_busy=busy)
 
 
 def busy_share(work: Callable[[], object], device: torch.device) -> str | None:
@@ -289,10 +311,10 @@ def busy_share(work: Callable[[], object], device: torch.device) -> str | None:
         kernels = sum(event.self_device_time_total for event in profile.key_averages())
     except RuntimeError as error:  # containers may forbid it
         return first_line(error)
-    return f"{kernels / 1e6 / elapsed:.0%}"
+    return f"{kernels / 1e6 / elapsed:.0%}" if kernels else "unknown: the profiler saw no kernels"
 
 
-def compare_decoders(options: DecodingSettings, device: torch.device, rows: Rows, bandwidth: float) -> None:
+def compare_decoders(options: DecodingSettings, device: torch.device, rows: Rows, speed: tuple[float, float]) -> None:
     """Images of the tokenizer's decoder in a second, for number formats, memory layouts and batch sizes."""
     torch.manual_seed(0)
     tokenizer, side, rates = VQ_models[options.vq_model]().eval().requires_grad_(False), math.isqrt(options.codes), {}
@@ -303,6 +325,7 @@ def compare_decoders(options: DecodingSettings, device: torch.device, rows: Rows
         (dtype, layout, at_once) for dtype in formats[:1] for layout in LAYOUTS for at_once in options.decoded_at_once
     ]
     ways += [(dtype, torch.channels_last, options.decoded_at_once[-1]) for dtype in formats[1:]]
+    peaks = {dtype: measured_speed(device, dtype)[1] for dtype in formats}
     for dtype, layout, at_once in ways:
         for part in (tokenizer.post_quant_conv, tokenizer.decoder):
             part.to(dtype=dtype, memory_format=layout)
@@ -314,6 +337,7 @@ def compare_decoders(options: DecodingSettings, device: torch.device, rows: Rows
 
         what = f"decoder {options.vq_model}: {str(dtype)[6:]}, {LAYOUTS[layout]}, {at_once} at once"
         try:
+            floor = at_once * peaks[dtype] / counted_flops(decode)
             call = compile_repeatably(decode) if compiled else decode
             call(codes)
             times = [seconds(lambda: call(codes), device) for _ in range(options.repeats)]  # noqa: B023
@@ -321,7 +345,7 @@ def compare_decoders(options: DecodingSettings, device: torch.device, rows: Rows
             rows.add(what, None, "images/s", why=first_line(error))
             continue
         rates[what] = at_once / statistics.median(times)
-        rows.add(what, rates[what], "images/s")
+        rows.add(what, rates[what], "images/s", None, floor)
         torch.compiler.reset()
     if rates:
         print(
@@ -338,12 +362,10 @@ def main() -> None:
     options = parse(DecodingSettings, __doc__.split("\n")[0])
     device = chosen_device(options.measurement.device)
     forbid_tf32()
-    bandwidth = measured_speed(device, options.dtype_on(device))[0]
-    rows = Rows(
-        options.measurement.json, f"{describe(device)}: {bandwidth / 1e9:.0f} GB/s; published: what is done now"
-    )
+    speed = measured_speed(device, options.dtype_on(device))
+    rows = Rows(options.measurement.json, f"{describe(device)}: {speed[0] / 1e9:.0f} GB/s; published: what is done now")
     for group in options.only:
-        COMPARE[group](options, device, rows, bandwidth)
+        COMPARE[group](options, device, rows, speed)
 
 
 if __name__ == "__main__":

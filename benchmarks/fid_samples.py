@@ -77,7 +77,8 @@ def measure(options: BenchmarkSettings, folder: Path, device: torch.device, rows
     whole = ready + ALL_IMAGES / rate + share * finishing
     what = f"{options.gpt_model}, {options.vq_model}, {options.image_size} px, batch {batch}, {pipeline.precision}"
     rows.add(f"samples with decoding, {what}", rate, "images/s", None, floor, images_measured=batches * batch)
-    rows.add(f"{ALL_IMAGES:,} images, {what}", whole, "s", to_start_s=ready, to_write_npz_s=share * finishing)
+    more = {"to_start_s": ready, "to_write_npz_s": share * finishing}
+    rows.add(f"{ALL_IMAGES:,} images, {what}", whole, "s", None, floor and ALL_IMAGES / floor, **more)
 
 
 def draw(pipeline: Pipeline, generator: CodeGenerator, store: ImageStore, starts) -> None:

@@ -23,10 +23,15 @@ class Results:
         self.content = {"machine": facts, "jobs": earlier.get("jobs", {})}
 
     def add(self, job: dict) -> None:
-        """Keep a job's record; one that was not run leaves what an earlier run has measured."""
+        """Keep a job's record; where it was not run, or not to its end, also what an earlier run has measured."""
         for name, record in job.items():
-            if record["status"].startswith("not run") and name in self.content["jobs"]:
+            old = self.content["jobs"].get(name)
+            if old and record["status"].startswith("not run"):
                 continue
+            if old and record["status"] != "complete":
+                new, run = {row["what"] for row in record["rows"]}, {"earlier": old["commit"] or "run"}
+                left = [row for row in old["rows"] if "unit" in row and row["what"] not in new]
+                record = record | {"rows": [*record["rows"], *(row | {"more": run | row["more"]} for row in left)]}
             made_with = {
                 "commit": self.content["machine"]["commit"],
                 "torch": self.content["machine"]["versions"]["torch"],

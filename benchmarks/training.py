@@ -111,14 +111,19 @@ def measure(side: int, options: BenchmarkSettings, device: torch.device, peak: f
     }
 
 
+def peak_speed(device: torch.device, precision: str) -> tuple[float, str]:
+    """FLOP/s of the device, and where the figure is from."""
+    known = peak_flops(device_name(device)) if precision != "none" else None
+    return (known, "data sheet") if known else (measured_speed(device, DTYPES[precision])[1], "measured product")
+
+
 def main() -> None:
     options = parse(BenchmarkSettings, __doc__.split("\n")[0])
     device = chosen_device(options.measurement.device)
     how = "compiled" if options.compiled_on(device) else "eager"
     precision = options.mixed_precision
     torch.set_float32_matmul_precision("high")  # as both trainers do
-    peak = peak_flops(device_name(device)) if precision != "none" else None
-    peak, of = (peak, "data sheet") if peak else (measured_speed(device, DTYPES[precision])[1], "measured product")
+    peak, of = peak_speed(device, precision)
     rows = Rows(
         options.measurement.json,
         f"{options.gpt_model}, batch {options.batch_size}, {precision}, {how}, {describe(device)}; "

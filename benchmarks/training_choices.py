@@ -3,7 +3,7 @@
     python -m benchmarks.training_choices --gpt-model GPT-B --batch-size 32 --side 1           on a GPU
 
 First the step as it is, with the share of each kind of work (by PyTorch's profiler; on a GPU the rest is launch gaps);
-then the alternatives, each in place of what the trainer does now, which is what "published" stands for here:
+then the alternatives, each in place of what the trainer does now, which is what "published" stands for in the rows:
 compilation of the whole model instead of its layers (autoregressive/train/compilation.py), the loss's chunk of logits
 (CHUNK_ELEMENTS in models/losses.py), the plain loss, and other kinds of AdamW (`make_adamw` in utils/engine/step.py).
 """
@@ -19,7 +19,7 @@ from autoregressive.models.gpt import GPT_SIZES, model_args
 from autoregressive.train.cost import train_flops
 from benchmarks.machine import chosen_device, describe, first_line, seconds
 from benchmarks.report import MeasurementSettings, Rows
-from benchmarks.training import BenchmarkSettings, OwnStep
+from benchmarks.training import BenchmarkSettings, OwnStep, peak_speed
 from utils.engine.parallel import autocast
 from utils.precision import PRECISIONS
 from utils.program import run
@@ -62,6 +62,7 @@ class Choices:
             self.batch = codes, torch.randint(args.num_classes, (options.batch_size,)), options.side
         self.name = f"step {options.gpt_model}, batch {options.batch_size}, side {options.side}"
         self.flops = options.batch_size * train_flops(args, options.side)
+        self.floor = 1e3 * self.flops / peak_speed(device, options.mixed_precision)[0]
 
     def try_out(
         self, name: str, prepare: Callable[[OwnStep], object] = lambda step: None, explain: bool = False
@@ -81,8 +82,9 @@ class Choices:
             return
         time = 1e3 * statistics.median(times)
         self.now = self.now or time
-        more = {"TFLOP_per_s": self.flops / time / 1e9} | (shares(work, steps * time, self.device) if explain else {})
-        self.rows.add(f"{self.name}: {name}", time, "ms", self.now, **more)
+        more = {"TFLOP_per_s": self.flops / time / 1e9, "compared_with": "what is done now"}
+        more |= shares(work, steps * time, self.device) if explain else {}
+        self.rows.add(f"{self.name}: {name}", time, "ms", self.now, self.floor, **more)
 
 
 def shares(work: Callable[[], object], milliseconds: float, device: torch.device) -> dict[str, str]:
@@ -94,10 +96,9 @@ def shares(work: Callable[[], object], milliseconds: float, device: torch.device
     totals = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in profile.key_averages():
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        kind = next(
-            (kind for kind, parts in KINDS.items() if any(part in event.key.lower() for part in parts)), "other"
-        )
-        totals[kind] += time / 1e3
+        totals[kind_of(event.key.lower())] += time / 1e3
+    if not sum(totals.values()):  # containers may forbid it
+        return {"shares": "unknown: the profiler saw no kernels"}
     whole = milliseconds if on_gpu else sum(totals.values())
     found = {kind: f"{total / whole:.0%}" for kind, total in totals.items() if total / whole >= 0.005}
     return found | ({"gaps": f"{max(0.0, 1 - sum(totals.values()) / whole):.0%}"} if on_gpu else {})

@@ -117,13 +117,14 @@ def test_wrapped_models_learn_the_same_and_continue_each_others_state(
     device, expected, parallel, precision, compile, tmp_path
 ):
     tolerance = 5e-3 if precision == "none" else 5e-2
-    compiled = ["--compile"] if compile else []
+    compiled, averaged = ["--compile"] if compile else [], {"ema_decay": 0.5, "mixed_precision": precision}
     with group_of_one(device, tmp_path):
-        part = setup(device, *compiled, parallel=parallel, mixed_precision=precision, ema_decay=0.5, **no_dropout())
+        part = setup(device, *compiled, "--ema", parallel=parallel, **averaged, **no_dropout())
         assert part.losses(2, 0, 2) == pytest.approx(expected[2][:2], abs=tolerance)
         state = capture_state([part.trained], part.world)
         assert all(value.device.type == "cpu" for value in state["model"].values())
-        bare = setup(device, mixed_precision=precision, **no_dropout())
+        assert state["ema"]
+        bare = setup(device, "--ema", **averaged, **no_dropout())
         restore_state([bare.trained], state, bare.world)
         assert_same_state(capture_state([bare.trained], bare.world), state)
         assert bare.losses(2, 2) == pytest.approx(expected[2][2:], abs=tolerance)

@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,8 +151,54 @@ def test_a_job_that_fails_or_hangs_takes_nothing_with_it(monkeypatch, tmp_path, 
     assert json.loads(path.read_text())["jobs"]["ends"]["status"] == "complete"
 
 
+def test_a_signal_ends_the_job_that_runs_and_keeps_its_rows(monkeypatch, tmp_path):
+    """And begins no other; a record that an earlier run has completed loses no row."""
+    alive, program = tmp_path / "alive", tmp_path / "program.py"
+    program.write_text(
+        "import json, os, sys, time\n"
+        f"rows, alive = sys.argv[-1], {str(alive)!r}\n"
+        "row = dict(what=sys.argv[1], unit='ms', here=2.0, published=None, ratio=None, floor=None, of_floor=None)\n"
+        "open(rows, 'a').write(json.dumps(row | {'more': {}}) + '\\n')\n"
+        "if sys.argv[1] == 'hangs':\n"
+        "    open(alive, 'w').write(str(os.getpid()))\n"
+        "    os.kill(os.getppid(), 15)\n"
+        "    time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu_check, "machine_facts", lambda chosen: MACHINE)
+    arguments = ("--device", "cpu", "--tiny", "--output", tmp_path)
+    jobs = [Job("training", name, f"{program} ends", 60) for name in ("first", "second")]
+    monkeypatch.setattr(gpu_check, "TINY_JOBS", jobs[:1])
+    check(monkeypatch, *arguments)
+    monkeypatch.setattr(gpu_check, "TINY_JOBS", [Job("training", "first", f"{program} hangs", 60), *jobs[1:]])
+    monkeypatch.setattr(gpu_check, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        check(monkeypatch, *arguments)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == handler
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(alive.read_text()), 0)
+    record = json.loads(next((tmp_path / "results").glob("*.json")).read_text())["jobs"]
+    assert {name: job["status"] for name, job in record.items()} == {
+        "first": "interrupted",
+        "second": "not run: interrupted",
+    }
+    assert [(row["what"], row["more"]) for row in record["first"]["rows"]] == [
+        ("hangs", {}),
+        ("ends", {"earlier": "abc"}),
+    ]
+
+
+def test_what_is_asked_for_are_parts_or_jobs():
+    names = [job.name for job in GPU_JOBS]
+    assert len(set(names)) == len(names)
+    assert not any("," in name for name in names)
+    chosen = gpu_check.CheckSettings(only="loader, training GPT-L").jobs
+    assert [job.name for job in chosen] == ["training GPT-L", "loader"]
+
+
 def test_refusals_are_sentences(monkeypatch):
-    with pytest.raises(UserError, match="there are the parts tests, training"):
+    with pytest.raises(UserError, match="there are the parts tests, training.* and the jobs GPU tests, training GPT-B"):
         check(monkeypatch, "--only", "training,speed")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="PyTorch sees no GPU.*--device cpu --tiny"):
