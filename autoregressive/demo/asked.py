@@ -19,6 +19,7 @@ CONTROLS = {  # a field of `Sampling`: what the page calls it
     "top_k": "top-k",
     "top_p": "top-p",
 }
+MOST = {"cfg_scale": 100, "top_k": 2**20}  # of controls without an upper end: far beyond what is of use
 MOST_CANDIDATES = 8
 LARGEST_SEED = 2**53 - 1  # whole numbers of a browser
 
@@ -70,6 +71,9 @@ def asked_for(
         )
     chosen = {field: _number(values[field], control) for field, control in CONTROLS.items()}
     chosen["top_k"] = _whole(chosen["top_k"], CONTROLS["top_k"], 0)
+    for field, limit in MOST.items():
+        if chosen[field] > max(limit, getattr(usual, field)):
+            raise UserError(f"{CONTROLS[field]} must be at most {limit}, not {chosen[field]:g}.")
     try:
         sampling = dataclasses.replace(usual, **chosen)
     except SettingError as error:
@@ -99,12 +103,14 @@ def _label(entry: Any, names: Sequence[str]) -> int:
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{what} must be a number.")
+    if abs(value) >= 1e20:
+        raise UserError(f"{what} must be a number of at most 20 digits.")
     return value
 
 
 def _whole(value: Any, what: str, least: int, most: int | None = None) -> int:
     number = _number(value, what)
-    if number != number or number in (float("inf"), float("-inf")) or number != int(number):
+    if number != number or number != int(number):
         raise UserError(f"{what} must be a whole number, not {number}.")
     if number < least or (most is not None and number > most):
         limits = f"at least {least}" if most is None else f"from {least} to {most}"

@@ -69,5 +69,5 @@ class Handlers:
             stage = views.stage(progress.images, asked.name) if progress.images else None
             if progress.finished:
                 new = keep(progress.images, asked, self.pipeline, self.folder)
-                kept = (*new, *kept)[:MOST_KEPT]
+                kept = tuple(picture for picture in (*new, *kept) if picture.file.exists())[:MOST_KEPT]
             yield View(stage, str(progress), kept if progress.finished else None)

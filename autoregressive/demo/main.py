@@ -4,9 +4,11 @@ bash scripts/demo.sh --pretrained npp/c2i_B_256.pt
 """
 
 import dataclasses
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,9 +70,19 @@ def main(command: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = Pipeline(gpt, chosen.tokenizer, chosen.compute, device)
     print(pipeline.describe(), flush=True)
-    with tempfile.TemporaryDirectory(prefix="npp-demo-") as folder:
+    with terminated_as_interrupted(), tempfile.TemporaryDirectory(prefix="npp-demo-") as folder:
         handlers = Handlers(pipeline, chosen.sampling, page.max_pictures, Path(folder))
         serving.serve(handlers, page.host, port)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Within it, SIGTERM ends the program as Ctrl-C does: files of visitors go with it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def import_serving():

@@ -11,13 +11,13 @@ from autoregressive.demo import views
 from autoregressive.demo.asked import MOST_CANDIDATES
 from autoregressive.demo.handlers import Handlers, View
 from autoregressive.demo.pictures import Picture
-from autoregressive.demo.uploads import EDITOR_SIDE, FORMATS, enlarged
+from autoregressive.demo.uploads import EDITOR_SIDE, FORMATS, enlarged, refusing_bad_pictures
 from autoregressive.sample.class_names import caption
 from utils.program import UserError
 
 QUEUE_LENGTH = 20
 NOTHING = "&nbsp;"  # keeps the line's place
-SECONDS_KEPT = 24 * 3600  # files of a visitor
+SECONDS_KEPT = 24 * 3600  # files of visitors, drawn or sent
 DEVICE = dict(concurrency_id="device", concurrency_limit=1, show_progress="minimal")  # of every handler that draws
 HIDDEN = dict(api_visibility="private", show_progress="hidden")
 THEME = gr.themes.Default(  # fonts of the visitor's own machine: nothing is fetched from elsewhere
@@ -129,6 +129,7 @@ def _editor(size: int) -> tuple:
                 placeholder="upload a picture, or take one from the gallery",
                 elem_id="editor",
             )
+            _refuse_bad_layers(editor)
         with gr.Column(min_width=360):
             status = gr.Markdown(NOTHING, elem_id="edit-status")
             edited = gr.HTML(views.empty("the edited picture"), elem_id="edited")
@@ -137,6 +138,17 @@ def _editor(size: int) -> tuple:
         candidates = _slider("Candidates", 1, MOST_CANDIDATES, 1, step=1)
         redraw = gr.Button("Redraw what is painted", variant="primary", elem_id="redraw")
     return upload, editor, candidates, redraw, edited, status
+
+
+def _refuse_bad_layers(editor: gr.ImageEditor) -> None:
+    """The editor decodes what a visitor sends before any handler is called: its errors become sentences as well."""
+    decode = editor.preprocess
+
+    def preprocess(sent):
+        with _telling_refusals(), refusing_bad_pictures():
+            return decode(sent)
+
+    editor.preprocess = preprocess
 
 
 def _gallery(size: int) -> tuple[gr.Gallery, gr.DownloadButton, gr.Button, gr.HTML]:
@@ -210,11 +222,13 @@ def _on_editor(image: Image.Image) -> tuple:
 
 
 def _choose(kept: tuple[Picture, ...], event: gr.SelectData) -> tuple:
+    """Of a picture that has been deleted only the settings."""
     picture = kept[event.index]
-    download = gr.DownloadButton(value=str(picture.file), visible=True)
-    return picture, download, gr.Button(visible=True), views.facts(picture)
+    there = picture.file.exists()
+    download = gr.DownloadButton(value=str(picture.file) if there else None, visible=there)
+    return picture, download, gr.Button(visible=there), views.facts(picture)
 
 
 def _take(chosen: Picture) -> tuple:
-    with Image.open(chosen.file) as image:
+    with _telling_refusals(), chosen.opened() as image:
         return *_on_editor(image.convert("RGB")), gr.Tabs(selected="edit")

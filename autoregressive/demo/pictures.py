@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 from autoregressive.demo.asked import CONTROLS, Asked
 from autoregressive.sample.pipeline import Pipeline
 from utils.files import atomic_file
+from utils.program import UserError
 from utils.settings import unusual
 
 SETTINGS_KEY, TEXT_KEY = "npp-settings", "Description"  # of the texts in a PNG: JSON, and a sentence
@@ -21,6 +22,13 @@ class Picture:
     file: Path
     caption: str
     settings: dict[str, Any]  # what draws it again
+
+    def opened(self) -> Image.Image:
+        """Raises `UserError` if the page has deleted it."""
+        try:
+            return Image.open(self.file)
+        except FileNotFoundError as error:
+            raise UserError("this picture is too old and has been deleted; draw it again.") from error
 
 
 def keep(images: list[Image.Image], asked: Asked, pipeline: Pipeline, folder: Path) -> list[Picture]:

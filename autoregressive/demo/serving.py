@@ -7,22 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import gradio as gr
+from gradio import processing_utils
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from autoregressive.demo import views
 from autoregressive.demo.handlers import Handlers
 from autoregressive.demo.page import SCRIPT, THEME, build_page
-from autoregressive.demo.uploads import MAX_BYTES, pixel_limit
+from autoregressive.demo.uploads import MAX_BYTES, picture_limits
 from utils.program import UserError
 
 PORTS = range(7860, 7960)
 # Browsers load nothing from other hosts, whatever the page or its framework asks for.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+CLOSED = "/process_recording"  # of the framework, which hands what is sent there to ffmpeg; the page has no videos
 
 
 class OwnHostOnly:
-    """ASGI middleware that sends `POLICY` with every answer."""
+    """ASGI middleware that sends `POLICY` with every answer, and has none at `CLOSED`."""
 
     def __init__(self, app):
         self.app = app
@@ -33,7 +36,9 @@ class OwnHostOnly:
                 MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
             await send(message)
 
-        await self.app(scope, receive, send_with_policy)
+        closed = scope["type"] == "http" and scope["path"].rstrip("/").endswith(CLOSED)
+        app = PlainTextResponse("Not Found", 404) if closed else self.app
+        await app(scope, receive, send_with_policy)
 
 
 def choose_port(host: str, wanted: int | None) -> int:
@@ -54,11 +59,35 @@ def choose_port(host: str, wanted: int | None) -> int:
 
 
 @contextmanager
+def no_downloads():
+    """Within it, an address in the place of a file is refused, which Gradio would download for any visitor."""
+
+    async def refuse(url, cache_dir):
+        raise gr.Error("This page takes files, not addresses; upload the picture.", print_exception=False)
+
+    download = processing_utils.async_ssrf_protected_download  # if a version of Gradio lacks it, nothing is served
+    processing_utils.async_ssrf_protected_download = refuse
+    try:
+        yield
+    finally:
+        processing_utils.async_ssrf_protected_download = download
+
+
+@contextmanager
 def launched(handlers: Handlers, host: str, port: int) -> Iterator[gr.Blocks]:
     """The page, served in the background."""
     os.environ["GRADIO_TEMP_DIR"] = str(handlers.folder)  # uploads go where finished pictures are
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost", host]))  # it calls itself
     page = build_page(handlers)
+    with picture_limits(), no_downloads():
+        _launch(page, host, port)
+        try:
+            yield page
+        finally:
+            page.close(verbose=False)
+
+
+def _launch(page: gr.Blocks, host: str, port: int) -> None:
     page.launch(
         server_name=host,
         server_port=port,
@@ -68,7 +97,7 @@ def launched(handlers: Handlers, host: str, port: int) -> Iterator[gr.Blocks]:
         max_file_size=MAX_BYTES,
         app_kwargs={"middleware": [Middleware(OwnHostOnly)]},
         prevent_thread_lock=True,
-        show_error=True,
+        show_error=False,  # of the framework's own errors, which name folders; refusals are shown all the same
         quiet=True,
         inline=False,
         footer_links=[],
@@ -79,11 +108,6 @@ def launched(handlers: Handlers, host: str, port: int) -> Iterator[gr.Blocks]:
         mcp_server=False,
         pwa=False,
     )
-    try:
-        with pixel_limit():
-            yield page
-    finally:
-        page.close(verbose=False)
 
 
 def serve(handlers: Handlers, host: str, port: int) -> None:

@@ -16,14 +16,37 @@ EDITOR_SIDE = 512  # pixels, at least, of a side of the picture to paint on
 
 
 @contextmanager
-def pixel_limit():
-    """Within it, Pillow refuses to open pictures of more than `MAX_PIXELS`, whoever asks it."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # up to twice this it only warns
+def picture_limits():
+    """Within it, Pillow opens nothing but `FORMATS`, and no more than `MAX_PIXELS`, whoever asks it.
+
+    Other formats are more than pixels: for an EPS file it would start Ghostscript.
+    """
+    Image.init()  # now: later it would add the other formats again
+    before = Image.MAX_IMAGE_PIXELS, Image.ID
+    Image.MAX_IMAGE_PIXELS, Image.ID = MAX_PIXELS // 2, list(FORMATS)  # up to twice the number it only warns
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        Image.MAX_IMAGE_PIXELS, Image.ID = before
+
+
+@contextmanager
+def refusing_bad_pictures():
+    """What is raised inside, where a visitor's picture is opened and decoded, becomes a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise too_large(f"more than {MAX_PIXELS / 1e6:.0f}") from error
+    except Exception as error:  # decoders raise whatever they like at broken files
+        raise UserError(f"this is no {' or '.join(FORMATS)} picture, or it is broken; send another.") from error
+
+
+def too_large(megapixels: str) -> UserError:
+    return UserError(
+        f"the picture has {megapixels} megapixels, and this page takes {MAX_PIXELS / 1e6:.0f}; send a smaller one."
+    )
 
 
 def open_picture(path: str | os.PathLike, size: int) -> Image.Image:
@@ -31,21 +54,14 @@ def open_picture(path: str | os.PathLike, size: int) -> Image.Image:
 
     Raises `UserError` for files that are no picture, broken or too large; the number of pixels is read first.
     """
-    if os.path.getsize(path) > MAX_BYTES:
-        raise UserError(f"the file is larger than {MAX_BYTES // 2**20} MB; send a smaller picture.")
-    try:
+    with refusing_bad_pictures():
+        if os.path.getsize(path) > MAX_BYTES:
+            raise UserError(f"the file is larger than {MAX_BYTES // 2**20} MB; send a smaller picture.")
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
-            if pixels <= MAX_PIXELS:
-                return Image.fromarray(center_crop(_opaque(ImageOps.exif_transpose(image)), size))
-    except Image.DecompressionBombError:
-        pixels = None
-    except Exception as error:  # decoders raise whatever they like at broken files
-        raise UserError(f"this is no {' or '.join(FORMATS)} picture, or it is broken; send another.") from error
-    has = f"{pixels / 1e6:.0f}" if pixels else f"more than {MAX_PIXELS / 1e6:.0f}"
-    raise UserError(
-        f"the picture has {has} megapixels, and this page takes {MAX_PIXELS / 1e6:.0f}; send a smaller one."
-    )
+            if pixels > MAX_PIXELS:
+                raise too_large(f"{pixels / 1e6:.0f}")
+            return Image.fromarray(center_crop(_opaque(ImageOps.exif_transpose(image)), size))
 
 
 def _opaque(image: Image.Image) -> Image.Image:

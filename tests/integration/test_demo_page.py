@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from autoregressive.demo.pictures import SETTINGS_KEY
 from autoregressive.sample.pipeline import Pipeline
@@ -22,6 +22,7 @@ from utils.program import UserError
 
 pytest.importorskip("gradio", reason="the page needs Gradio: requirements-demo.txt")
 import httpx
+from gradio import processing_utils
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -61,11 +62,24 @@ def visitor(page):
     return Client(page, verbose=False)
 
 
-def layer(tmp_path: Path, side: int = 16) -> dict:
-    """What the editor sends: a picture, and its lower half painted."""
-    Image.new("RGBA", (side, side)).save(tmp_path / "layer.png")
-    sent = handle_file(tmp_path / "layer.png")
+def layer(tmp_path: Path, side: int = 16, format: str = "png") -> dict:
+    """What the editor sends: a picture, and a layer of paint."""
+    Image.new("RGB", (side, side)).save(tmp_path / f"layer.{format}")
+    return edited(handle_file(tmp_path / f"layer.{format}"))
+
+
+def edited(sent: dict) -> dict:
     return {"background": sent, "layers": [sent], "composite": sent, "id": None}
+
+
+def answer_to(place: str, data: list) -> str:
+    """What a visitor is told who goes past the client, which would send files first."""
+    asked_for = httpx.post(place, json={"data": data}).json()
+    return httpx.get(f"{place}/{asked_for['event_id']}").text
+
+
+def named(path: str) -> dict:
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
 
 @pytest.mark.parametrize(
@@ -98,16 +112,36 @@ def test_bad_pictures_are_refused(visitor, tmp_path, page):
         upload(None, "large.png")
     with pytest.raises(Exception, match="413|exceeds"):
         upload(bytes(21 * 2**20))
-    place = f"{page}gradio_api/call/upload"  # past the client, which would send the file
-    stolen = {"path": str(ROOT / "docs/samples.png"), "meta": {"_type": "gradio.FileData"}}
-    asked_for = httpx.post(place, json={"data": [stolen]}).json()
-    answer = httpx.get(f"{place}/{asked_for['event_id']}").text
+    answer = answer_to(f"{page}gradio_api/call/upload", [named(str(ROOT / "docs/samples.png"))])
     assert "event: error" in answer
-    assert "samples.png" in answer
+    assert "samples.png" not in answer
     with pytest.raises(AppError, match="There is no picture to edit"):
         visitor.predict(layer(tmp_path), 1, *asked(), api_name="/edit")
-    with pytest.raises(AppError, match="exceeds limit of 24000000 pixels"):
+    with pytest.raises(AppError, match="more than 24 megapixels, and this page takes 24"):
         visitor.predict(layer(tmp_path, 10000), 1, *asked(), api_name="/edit")
+
+
+def test_layers_in_other_formats_start_no_interpreter(visitor, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: started.append(given))
+    for format in ("eps", "tiff", "gif"):
+        with pytest.raises(AppError, match="This is no PNG or JPEG or WEBP picture, or it is broken") as refusal:
+            visitor.predict(layer(tmp_path, format=format), 1, *asked(), api_name="/edit")
+        assert "layer" not in str(refusal.value)  # the place of the file on the server is not told
+    assert not started
+
+
+def test_no_address_is_fetched_for_a_visitor(page, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", lambda url: fetched.append(url))
+    elsewhere = named("https://example.com/a.png")
+    data = {"upload": [elsewhere], "edit": [edited(elsewhere), 1, *asked()]}
+    for name, values in data.items():
+        answer = answer_to(f"{page}gradio_api/call/{name}", values)
+        assert "event: error" in answer
+        assert "This page takes files, not addresses; upload the picture." in answer
+    assert not fetched
+    assert httpx.post(f"{page}gradio_api/process_recording", files={"video": b"a video"}).status_code == 404
 
 
 def test_two_visitors_take_turns_and_one_who_leaves_stops(page, visitor, pipeline):

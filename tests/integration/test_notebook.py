@@ -1,4 +1,4 @@
-"""The notebook's cells run in order, with tiny models in place of the quickstart's."""
+"""The notebook's cells run in order, with tiny models in place of the quickstart's, which test_readme.py takes."""
 
 import ast
 import json
@@ -39,13 +39,19 @@ def models(tmp_path) -> str:
     return f"{str(tmp_path / 'c2i_B_256.pt')!r}, {str(tmp_path / 'vq.pt')!r}, {sizes}"
 
 
-def test_the_notebook(models, monkeypatch, capsys):
+def run_notebook(models: str) -> None:
+    """Its cells with other arguments of `Pipeline.from_pretrained` than the quickstart's folder."""
     shown, sources = [], cells()
     assert sources[0].count(QUICKSTART) == 1
-    monkeypatch.setattr("sys.path", sys.path.copy())
     names = {"display": shown.append, "__name__": "__main__"}
-    values = [run_cell(source.replace(QUICKSTART, models), names) for source in sources]
-    assert [(3, "digit 3")] in values  # the search for a class
-    assert "GPT: GPT-Tiny" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.path", sys.path.copy())
+        values = [run_cell(source.replace(QUICKSTART, models), names) for source in sources]
+    assert any(value in ([(3, "digit 3")], [(3, "digit_3")]) for value in values)  # the search for a class
     assert len(shown) == 7
     assert all(isinstance(picture, Image.Image) and picture.width > picture.height for picture in shown)
+
+
+def test_the_notebook(models, capsys):
+    run_notebook(models)
+    assert "GPT: GPT-Tiny" in capsys.readouterr().out

@@ -12,9 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.gpt import GPT_SIZES, ModelArgs, Transformer
+from pretrained_models import catalogue
 from tests.inception_graph import InceptionGraph
-from tests.tiny_python import tiny_tokenizer
+from tests.integration.test_notebook import run_notebook
+from tests.tiny_python import shrink, tiny_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQ_models
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -118,8 +121,8 @@ def test_the_pipeline_as_written(workplace):
     assert all(name in scores for name in ("Inception Score", "FID", "sFID", "Precision", "Recall"))
 
 
-def test_the_quickstart(workplace):
-    """Every step of it, far too short to learn anything."""
+def test_the_quickstart(workplace, monkeypatch):
+    """Every step of it, far too short to learn anything, and the notebook with its model."""
     out = workplace / "quick"
     printed = run(f"bash scripts/quickstart.sh {out}", workplace, SHORT_QUICKSTART)
     report = json.loads((out / "report.json").read_text())
@@ -129,3 +132,9 @@ def test_the_quickstart(workplace):
     assert report["scores"]["metrics"].keys() >= {"fid", "sfid", "inception_score", "precision", "recall", "recognised"}
     assert Image.open(out / "samples.png").height > 10 * 32
     assert "samples recognised as their class" in printed
+    monkeypatch.setattr(catalogue, "FOLDER", catalogue.FOLDER)
+    for sizes in (GPT_SIZES, VQ_models):
+        for name in sizes:
+            monkeypatch.setitem(sizes, name, sizes[name])
+    shrink()  # undone after this test
+    run_notebook(repr(str(out / "gpt/digits")))

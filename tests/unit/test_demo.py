@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import runpy
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -10,14 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from autoregressive.demo import main as demo
 from autoregressive.demo import uploads
 from autoregressive.demo.asked import asked_for
 from autoregressive.demo.handlers import CONTROL_NAMES
 from autoregressive.demo.pictures import SETTINGS_KEY, TEXT_KEY, file_name
-from autoregressive.demo.uploads import enlarged, open_picture, painted, pixel_limit
+from autoregressive.demo.uploads import enlarged, open_picture, painted, picture_limits
 from autoregressive.sample.pipeline import PictureSampling
 from tests.demo_handlers import ASKED, SlowPipeline, asked, make_handlers, tiny_pipeline, wait_until
 from tests.sampling_models import CODEBOOK
@@ -70,6 +72,16 @@ def test_newer_pictures_come_first_and_the_oldest_are_left_out(handlers, monkeyp
     assert [(picture.settings["seed"], picture.settings["number"]) for picture in kept] == [(2, 0), (2, 1), (1, 0)]
 
 
+def test_pictures_that_were_deleted_leave_the_gallery(handlers):
+    (old, deleted) = list(handlers.draw((), *asked()))[-1].kept
+    deleted.file.unlink()
+    with pytest.raises(UserError, match="too old and has been deleted; draw it again"):
+        deleted.opened()
+    kept = list(handlers.draw((old, deleted), *asked(seed=6)))[-1].kept
+    assert [picture.settings["seed"] for picture in kept] == [6, 6, 5]
+    assert kept[-1] is old
+
+
 def test_an_edit_is_the_pipelines(handlers, pipeline):
     (base,) = pipeline(7, seed=1, cfg_scale=2.0, top_k=0)
     last = list(handlers.edit((), base, [paint(512, slice(128, 256))], 3, *asked()))[-1]
@@ -97,7 +109,13 @@ BAD_VALUES = [
     ({"seed": None}, "the seed must be a number"),
     ({"seed": float("nan")}, "the seed must be a whole number"),
     ({"cfg_scale": 0.5}, "guidance must be at least 1, got 0.5"),
-    ({"cfg_scale": float("inf")}, "guidance must be at least 1"),
+    ({"cfg_scale": float("inf")}, "guidance must be a number of at most 20 digits"),
+    ({"cfg_scale": 1e5}, r"guidance must be at most 100, not 100000\."),
+    ({"cfg_scale": 1e38}, "guidance must be a number of at most 20 digits"),
+    ({"top_k": 1e300}, "top-k must be a number of at most 20 digits"),
+    ({"top_k": 10**400}, "top-k must be a number of at most 20 digits"),
+    ({"top_k": 10**7}, r"top-k must be at most 1048576, not 1e\+07"),
+    ({"count": 1e300}, "the number of pictures must be a number of at most 20 digits"),
     ({"cfg_scale": "2"}, "guidance must be a number"),
     ({"temperature": -1}, "temperature must be at least 0"),
     ({"top_k": -5}, "top-k must be at least 0"),
@@ -180,10 +198,21 @@ def test_bad_pictures_are_refused_before_they_are_decoded(handlers, tmp_path, mo
         monkeypatch.setattr(uploads, "center_crop", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match=sentence):
         handlers.upload(str(tmp_path / "picture.png"))
-    with pixel_limit(), pytest.raises(UserError, match=r"has \d+ mega|more than 24 mega|broken|larger than"):
+    with picture_limits(), pytest.raises(UserError, match=r"has \d+ mega|more than 24 mega|broken|larger than"):
         handlers.upload(str(tmp_path / "picture.png"))
     with pytest.raises(UserError, match="no picture has come"):
         handlers.upload(None)
+
+
+@pytest.mark.parametrize("format", ["EPS", "TIFF", "GIF", "BMP", "PPM", "ICO"])
+def test_nobody_opens_other_formats_while_the_page_is_served(format):
+    content = encoded(Image.new("RGB", (16, 16)), format)
+    with picture_limits():
+        with pytest.raises(UnidentifiedImageError):
+            Image.open(io.BytesIO(content))
+        for plain in uploads.FORMATS:
+            assert Image.open(io.BytesIO(encoded(Image.new("RGB", (16, 16)), plain))).format == plain
+    assert Image.open(io.BytesIO(content)).format == format
 
 
 def test_pictures_of_every_kind_become_the_models(tmp_path):
@@ -294,10 +323,34 @@ def test_the_program_from_its_command_line_to_the_page(pipeline, monkeypatch, ca
     assert "GPT: GPT-Tiny" in capsys.readouterr().out
 
 
-def test_the_space_calls_the_program_as_it_is(monkeypatch):
-    called = []
+def test_sigterm_removes_the_files_of_visitors(pipeline, monkeypatch):
+    def serve(handlers, host, port):
+        folders.append(handlers.folder)
+        (handlers.folder / "upload.png").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+    folders, before = [], signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    serving = SimpleNamespace(choose_port=lambda host, port: port, serve=serve)
+    monkeypatch.setattr(demo, "import_serving", lambda: serving)
+    monkeypatch.setattr(demo, "Pipeline", lambda *_: pipeline)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo.main(["--pretrained", "a.pt"])
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not folders[0].exists()
+
+
+def test_the_space_calls_the_program_as_it_is(monkeypatch, capsys):
+    called, space = [], str(Path(demo.__file__).parents[2] / "examples/app.py")
     monkeypatch.setattr(demo, "main", called.append)
+    monkeypatch.delenv("MODEL", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(space, run_name="__main__")
+    assert "set the Space's variable MODEL to a repository of weights" in capsys.readouterr().err
     monkeypatch.setenv("MODEL", "org/digits")
-    runpy.run_path(str(Path(demo.__file__).parents[2] / "examples/app.py"), run_name="__main__")
+    runpy.run_path(space, run_name="__main__")
     chosen = parse(demo.DemoSettings, "", called[0])
     assert (chosen.gpt.gpt_ckpt, chosen.page.host, chosen.page.port) == ("org/digits", "0.0.0.0", 7860)
