@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from autoregressive.export_records import Record, code_version, metrics_of, read_record
+from autoregressive.export_records import Record, metrics_of, read_record
 from autoregressive.models.load import check_tokenizer
-from pretrained_models.hub import push
-from pretrained_models.hub_form import write_hub_form
+from pretrained_models.hub import is_repository, push
+from pretrained_models.hub_form import remove_tokenizer, write_hub_form
+from pretrained_models.provenance import code_version
 from tokenizer.tokenizer_image.vq_model import VQ_models
+from utils.arguments import settings_from, speaking_of_arguments
 from utils.checkpoint import TOKENIZER_FOLDER, WEIGHTS, WEIGHTS_CHOICES
 from utils.commands import command
 from utils.files import atomic_file
@@ -50,7 +52,11 @@ class ExportSettings:
     push: str | None = option(None, "upload the folder to this repository of the hub, ORG/NAME; made if need be")
     private: bool = option(False, "a repository that --push makes is private")
     report: Path | None = option(None, "report of the evaluator (SAMPLE.json), whose metrics go into the model card")
-    license: str = option("mit", "licence of the weights, by its name on the hub; that of the published ones is mit")
+    license: str | None = option(
+        None,
+        "licence of the weights, by its name on the hub, such as cc-by-nc-4.0 (default: as the source says; mit for "
+        "published weights; else none is stated)",
+    )
     gpt_model: str | None = option(None, "size of the GPT, if the source does not say it")
     image_size: int | None = option(None, "pixels per side, if the source does not say it", at_least=1)
     downsample_size: int | None = option(None, "pixels per side of one code, if the source does not say it", at_least=1)
@@ -58,6 +64,8 @@ class ExportSettings:
     vq_model: str | None = option(None, "name of the tokenizer, if its file does not say it (VQ-16, VQ-8, …)")
 
     def __post_init__(self):
+        if self.push is not None and not is_repository(self.push):
+            raise UserError(f"--push {self.push!r} cannot be a repository of the hub; give ORG/NAME.")
         if self.push is not None and self.is_checkpoint:
             raise UserError("--push uploads the hub's form; name a folder instead of a .pt file, or leave it out.")
         if self.private and self.push is None:
@@ -72,7 +80,7 @@ def main() -> None:
     chosen = parse(ExportSettings, "Converts weights between checkpoints and the form of the Hugging Face hub.")
     source, tokenizer = read_source(chosen), None
     if chosen.is_checkpoint:
-        write_checkpoint(source, chosen.target)
+        write_checkpoint(source, chosen)
     elif not (chosen.push and chosen.target.resolve() == source.path.resolve()):  # then it is only uploaded
         tokenizer = tokenizer_of(source, chosen)
         write_folder(source, tokenizer, chosen)
@@ -84,17 +92,22 @@ def main() -> None:
     print(f"next: {next_command(source, tokenizer, chosen)}")
 
 
-def save_pretrained(gpt: str | Path, folder: str | Path, tokenizer: str | Path | None = None, **flags: Any) -> Path:
+def save_pretrained(gpt: str | Path, folder: str | Path, /, **flags: Any) -> Path:
     """Write the GPT that `gpt` names, and its tokenizer, into `folder` in the hub's form; returns the folder.
 
-    `flags` are further fields of `ExportSettings`, such as `weights`, `report` and `push`. Raises `UserError`.
+    `flags` are further fields of `ExportSettings`, such as `tokenizer`, `weights`, `report` and `push`. Raises
+    `UserError`.
     """
-    chosen = ExportSettings(str(gpt), Path(folder), tokenizer=None if tokenizer is None else str(tokenizer), **flags)
-    source = read_source(chosen)
-    write_folder(source, tokenizer_of(source, chosen), chosen)
-    if chosen.push:
-        push(chosen.target, chosen.push, chosen.private)
-    return chosen.target
+    with speaking_of_arguments():
+        for name, value in (("gpt", gpt), ("folder", folder)):
+            if not isinstance(value, str | Path) or not str(value):
+                raise UserError(f"{name} must be a name or a path, not {value!r}.")
+        chosen = settings_from(ExportSettings, flags | {"source": gpt, "target": folder})
+        source = read_source(chosen)
+        write_folder(source, tokenizer_of(source, chosen), chosen)
+        if chosen.push:
+            push(chosen.target, chosen.push, chosen.private)
+        return chosen.target
 
 
 def read_source(chosen: ExportSettings) -> Record:
@@ -131,29 +144,31 @@ def write_folder(source: Record, tokenizer: Record | None, chosen: ExportSetting
     for read in (source, tokenizer):
         if read is not None and folder.resolve() in (read.path.resolve(), *read.path.resolve().parents):
             raise UserError(f"{folder} holds what is to be converted; name another folder.")
-    known = {"code": code_version(), "license": chosen.license}
+    about = described(source, chosen)
     name = chosen.push or folder.name
-    if tokenizer is not None:
-        part = f"{name}/{TOKENIZER_FOLDER}"
+    if tokenizer is None:
+        remove_tokenizer(folder)  # of weights that were here before
+    else:
+        part, known = f"{name}/{TOKENIZER_FOLDER}", {"code": code_version()}
+        known["license"] = tokenizer.told["license"] or chosen.license
         write_hub_form(folder / TOKENIZER_FOLDER, tokenizer.state, tokenizer.config, tokenizer.about | known, part)
-    known["metrics"] = metrics_of(chosen.report)
-    write_hub_form(folder, source.state, source.config, source.about | known, name)
+    write_hub_form(folder, source.state, source.config, about, name)
 
 
-def write_checkpoint(source: Record, target: Path) -> None:
+def described(source: Record, chosen: ExportSettings) -> dict[str, Any]:
+    """What is written of `source` beside its configuration: as it says itself, unless flags say otherwise."""
+    given = {"license": chosen.license, "metrics": metrics_of(chosen.report)}
+    return source.about | {"code": code_version()} | {name: value for name, value in given.items() if value is not None}
+
+
+def write_checkpoint(source: Record, chosen: ExportSettings) -> None:
     """`source` as a `.pt` that this program and the published ones read."""
+    target = chosen.target
     if target.exists():
         raise UserError(f"{target} exists; name another file, or remove it.")
-    about = source.about
-    checkpoint = {
-        "model": source.state,
-        "weights": source.weights,
-        "steps": source.steps,
-        "config": source.config,
-        "args": source.training,
-        "origin": about["origin"],
-        "places": source.places,
-    }
+    about = described(source, chosen)
+    about["args"] = about.pop("training")  # as trainers call it
+    checkpoint = {"model": source.state, "config": source.config, "places": source.places, **about}
     with atomic_file(target) as file:
         torch.save(checkpoint, file)
 
@@ -173,7 +188,7 @@ def next_command(source: Record, tokenizer: Record | None, chosen: ExportSetting
         "autoregressive/sample_one_c2i.sh",
         gpt_ckpt=written,
         vq_ckpt=decoder,
-        conditioning=own and own.rpartition(" sha256 ")[0],
+        conditioning=own and own.split(" sha256 ")[0],
     )
 
 

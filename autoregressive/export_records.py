@@ -1,8 +1,6 @@
 """What is known of weights, whatever file they are in: all that builds the model again, and what its readers ask."""
 
 import json
-import os
-import subprocess
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from autoregressive.models.gpt import GPT_SIZES, Transformer
 from autoregressive.models.load import GPTSettings, recorded_grid, recorded_model
 from autoregressive.train.config import TrainSettings
 from pretrained_models.catalogue import find_weights, published_config
+from pretrained_models.provenance import provenance, without_folder
 from tokenizer.tokenizer_image import vq_model
 from tokenizer.tokenizer_image.load import DEFAULT_TOKENIZER, new_tokenizer
 from tokenizer.tokenizer_image.vq_setup import VQTrainSettings
@@ -28,7 +27,7 @@ from utils.checkpoint import (
 )
 from utils.component import is_component
 from utils.program import UserError
-from utils.settings import default_identity
+from utils.recorded import check_fields
 
 CODEBOOK = "quantize.embedding.weight"
 
@@ -41,8 +40,7 @@ class Record:
     state: dict[str, torch.Tensor]
     config: dict[str, Any]  # builds the model again; JSON values
     weights: str  # "ema" or "raw"
-    steps: int | None
-    training: dict[str, Any]  # the recipe, by the names of flags
+    told: dict[str, Any]  # steps, training (the recipe), license and metrics, as far as they are known
     sha256: str  # identifies the weights
     places: dict[str, str]
 
@@ -57,7 +55,7 @@ class Record:
     def about(self) -> dict[str, Any]:
         """What a file says of them beside the configuration."""
         origin = {"sha256": self.sha256, "content": content_hash({"config": self.config}, self.state)}
-        return {"weights": self.weights, "steps": self.steps, "training": self.training, "origin": origin}
+        return {"weights": self.weights, **self.told, "origin": origin}
 
 
 def is_gpt(state: dict[str, torch.Tensor]) -> bool:
@@ -85,8 +83,7 @@ def read_record(name: str, weights: str, **unrecorded: Any) -> Record:
         state=state,
         config=json.loads(json.dumps(config)),
         weights=kind,
-        steps=checkpoint.get("steps"),
-        training=_recipe(recorded_settings({"args": checkpoint.get("args")}), program),
+        told=provenance(checkpoint, path, program),
         sha256=converted_from(checkpoint, state) or fingerprint(path),
         places=places if isinstance(places, dict) else {},
     )
@@ -96,7 +93,7 @@ def _gpt_config(recorded: dict, state: dict[str, torch.Tensor], given: GPTSettin
     if recorded_grid(recorded) is None and None in (given.image_size, given.downsample_size):
         raise UserError(f"{path} does not say on which images it was trained; give --image-size and --downsample-size.")
     name, args = recorded_model(recorded, state, given, path)
-    conditioning = _without_folder(recorded.get("conditioning"))
+    conditioning = without_folder(recorded.get("conditioning"))
     if conditioning is None:
         with torch.device("meta"):
             model = Transformer(args, LabelEmbedder)
@@ -107,7 +104,7 @@ def _gpt_config(recorded: dict, state: dict[str, torch.Tensor], given: GPTSettin
         "image_size": given.image_size or recorded.get("image_size"),
         "downsample_size": given.downsample_size or recorded.get("downsample_size"),
         "conditioning": conditioning,
-        "tokenizer": {key: _without_folder(value) for key, value in (recorded.get("tokenizer") or {}).items()},
+        "tokenizer": {key: without_folder(value) for key, value in (recorded.get("tokenizer") or {}).items()},
         "class_names": recorded.get("class_names"),
     }
 
@@ -118,38 +115,16 @@ def _tokenizer_config(recorded: dict, state: dict[str, torch.Tensor], named: str
     known = {field.name: recorded[field.name] for field in fields(vq_model.ModelArgs) if field.name in recorded}
     about = {"image_size": recorded.get("image_size")}
     if is_component(name):
-        identity = _without_folder(recorded.get("vq_model_identity"))
-        return known | about | {"vq_model": _without_folder(name), "vq_model_identity": identity}
+        identity = without_folder(recorded.get("vq_model_identity"))
+        return known | about | {"vq_model": without_folder(name), "vq_model_identity": identity}
     if CODEBOOK not in state:
         raise UserError(f"{path} holds neither a GPT nor a tokenizer that is known here (docs/hub.md).")
+    check_fields(known, vq_model.ModelArgs, path)
     known |= dict(zip(("codebook_size", "codebook_embed_dim"), state[CODEBOOK].shape, strict=True))
     with torch.device("meta"):
         model, identity = new_tokenizer(name, **known)
     check_fit(model, state, path, "check --vq-model.")
     return asdict(model.config) | about | {"vq_model": name, "vq_model_identity": identity}
-
-
-def _recipe(args: dict[str, Any], program: type) -> dict[str, Any]:
-    """Of the flags of a training those that change the result: no paths of the machine that it ran on."""
-    changes_result = default_identity(program).keys()
-    return {name: _without_folder(value) for name, value in sorted(args.items()) if name in changes_result}
-
-
-def _without_folder(value: Any) -> Any:
-    """A file of the user's own by its name alone, where it is named by an absolute path."""
-    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
-
-
-def code_version() -> str | None:
-    """The commit of this program, where git knows it."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
 
 
 def metrics_of(report: Path | None) -> dict[str, Any] | None:

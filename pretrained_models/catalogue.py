@@ -49,6 +49,8 @@ def find_weights(name_or_path: str) -> Path:
     hub (pretrained_models/hub.py), which is fetched. Raises `UserError` saying how to download a published name that
     has not been, and what is wrong with a repository.
     """
+    if not name_or_path:
+        raise UserError("weights are named by an empty text; give a path, or a name of pretrained_models/README.md.")
     path = Path(name_or_path)
     if (path / "checkpoints").is_dir():
         return _newest_checkpoint(path)

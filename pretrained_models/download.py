@@ -6,11 +6,8 @@ bash scripts/download.sh NAME [NAME…]        downloads; again, after an interr
 
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import build_hf_headers
-
 from pretrained_models.catalogue import FOLDER, PUBLISHED, PublishedFile
+from pretrained_models.hub import hub_library
 from utils.commands import command
 from utils.download import download as fetch
 from utils.program import UserError, run
@@ -52,16 +49,18 @@ def download(name: str, folder: Path = FOLDER) -> Path:
     file, path = PUBLISHED[name], folder / name
     if path.exists():
         return path
-    url = hf_hub_url(file.repository, file.filename)
+    library = hub_library()
+    url = library.hf_hub_url(file.repository, file.filename)
     size, digest = _size_and_digest(url, name, file)
     remedy = f"download {url} by other means and put it there"
-    return fetch(url, path, remedy, size=size, digest=digest, headers=build_hf_headers())
+    return fetch(url, path, remedy, size=size, digest=digest, headers=library.utils.build_hf_headers())
 
 
 def _size_and_digest(url: str, name: str, file: PublishedFile) -> tuple[int, str]:
+    library = hub_library()
     try:
-        remote = get_hf_file_metadata(url)
-    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        remote = library.get_hf_file_metadata(url)
+    except (library.errors.EntryNotFoundError, library.errors.RepositoryNotFoundError) as error:
         raise UserError(
             f"the hub has no file {file.filename} in {file.repository}, or wants a login for it (hf auth login)."
         ) from error

@@ -24,6 +24,11 @@ def may_be_repository(name: str) -> bool:
     return REPOSITORY.fullmatch(name) is not None and not name.endswith(FILES)
 
 
+def is_repository(name: str) -> bool:
+    """Whether `name` is ORG/NAME."""
+    return re.fullmatch(f"{WORD}/{WORD}", name) is not None
+
+
 @functools.cache
 def fetch_repository(spelling: str) -> Path:
     """The folder in the hub's cache with `config.json` and `model.safetensors` of a repository.
@@ -58,22 +63,22 @@ class _Files:
         with one_sentence(self.repository, filename, self.revision):
             try:
                 return self._fetch(filename).exists()
-            except _library().errors.EntryNotFoundError:
+            except hub_library().errors.EntryNotFoundError:
                 return False
 
     def _fetch(self, filename: str) -> Path:
         local = self.out_of_reach is not None
         try:
-            found = _library().hf_hub_download(
+            found = hub_library().hf_hub_download(
                 self.repository, filename, revision=self.revision, local_files_only=local
             )
-        except _library().errors.LocalEntryNotFoundError as error:
+        except hub_library().errors.LocalEntryNotFoundError as error:
             raise error from (self.out_of_reach or error.__cause__)
         return Path(found)
 
     def _out_of_reach(self, filename: str) -> Exception | None:
         """Why the hub does not answer at all: the library itself would try for half a minute."""
-        library = _library()
+        library = hub_library()
         with one_sentence(self.repository, filename, self.revision):
             url = library.hf_hub_url(self.repository, filename, revision=self.revision)
         try:
@@ -90,24 +95,24 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
 
     Raises `UserError`.
     """
-    api = _library().HfApi()
+    api = hub_library().HfApi()
     with one_sentence(repository):
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
         ours = ["README.md", CONFIG, WEIGHTS, f"{TOKENIZER_FOLDER}/*"]
         api.upload_folder(
             repo_id=name, folder_path=folder, allow_patterns=ours, commit_message="Weights and their configuration"
         )
-    return f"{_library().constants.ENDPOINT}/{name}"
+    return f"{hub_library().constants.ENDPOINT}/{name}"
 
 
 @contextmanager
 def one_sentence(repository: str, filename: str = "", revision: str | None = None) -> Iterator[None]:
     """Turn what the hub's library raises into a `UserError`; failures of this machine's disk pass as they are."""
-    errors = _library().errors
+    errors = hub_library().errors
     try:
         yield
     except errors.GatedRepoError as error:
-        page = f"{_library().constants.ENDPOINT}/{repository}"
+        page = f"{hub_library().constants.ENDPOINT}/{repository}"
         raise UserError(f"{repository} asks to accept its terms: do that at {page}, then {LOGIN}.") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
@@ -149,11 +154,13 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
 
 
-def _library():
+def hub_library():
+    """The package, imported when it is needed; `UserError` if it is not installed."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise UserError(
             "repositories of the Hugging Face hub need the package huggingface_hub; run: pip install -r "

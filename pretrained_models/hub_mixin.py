@@ -10,7 +10,8 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from pretrained_models.hub import one_sentence
 from pretrained_models.hub_form import write_hub_form
-from utils.checkpoint import content_hash
+from pretrained_models.provenance import code_version
+from utils.checkpoint import content_hash, converted_from
 
 
 class HubMixin(PyTorchModelHubMixin):
@@ -28,7 +29,11 @@ class HubMixin(PyTorchModelHubMixin):
         raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_hub_form(save_directory, self.state_dict(), self.hub_config(), self.about)
+        state, config = self.state_dict(), self.hub_config()
+        about = self.about | {"code": code_version()}
+        if converted_from(about | {"config": config}, state) is None:  # the weights have changed since
+            about["metrics"] = None
+        write_hub_form(save_directory, state, config, about)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model to `repo_id`; `options` as `PyTorchModelHubMixin`'s. Raises `UserError`."""

@@ -7,4 +7,4 @@ source scripts/setup.sh
 setup_python requirements-dev.txt 8
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest --numprocesses auto --dist loadfile "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

@@ -39,7 +39,8 @@ class SmallHub:
 
     @staticmethod
     def _hash(files: dict[str, bytes]) -> str:
-        return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        parts = (name.encode() + hashlib.sha1(content).digest() for name, content in sorted(files.items()))
+        return hashlib.sha1(b"".join(parts)).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -10,7 +10,6 @@ import json
 import pickle
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -18,7 +17,8 @@ from torch import nn
 
 from utils.files import sha256
 from utils.program import UserError
-from utils.weight_files import checksum, read_safetensors, refuse_foreign, verify_archive
+from utils.recorded import CONFIG_KINDS, EXPORT_KINDS, MODEL_KINDS, check_kinds, damaged
+from utils.weight_files import checksum, is_archive, read_safetensors, refuse_foreign, verify_archive
 
 WEIGHTS_CHOICES = ("auto", "ema", "raw")
 CONFIG, WEIGHTS, TOKENIZER_FOLDER = "config.json", "model.safetensors", "tokenizer"  # of the hub's form
@@ -42,13 +42,13 @@ def read_checkpoint(path: str | Path) -> dict:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     refuse_foreign(path, "a PyTorch checkpoint")
-    is_archive = zipfile.is_zipfile(path)
-    if is_archive:
+    archive = is_archive(path)
+    if archive:
         verify_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that is about to be refused
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise UserError(_unsafe(path, str(error))) from error
     except (RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError) as error:
@@ -78,16 +78,20 @@ def _read_hub_form(folder: Path) -> dict:
     try:
         config = json.loads((folder / CONFIG).read_text())
         exported = config.pop(EXPORT, {})
-        weights = exported.get("weights")
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG} is damaged or no model's; copy or download it again.") from error
+        check_kinds(config, CONFIG_KINDS)
+        check_kinds(config.get("model") or {}, MODEL_KINDS)
+        check_kinds(exported, EXPORT_KINDS)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(damaged(folder / CONFIG, error)) from error
     tokenizer = folder / TOKENIZER_FOLDER
     return {
         "model": read_safetensors(folder / WEIGHTS),
-        "weights": weights,
+        "weights": exported.get("weights"),
         "config": config,
         "args": exported.get("training", {}),
         "origin": exported.get("origin"),
+        "license": exported.get("license"),
+        "metrics": exported.get("metrics"),
         "places": {"tokenizer": str(tokenizer.absolute())} if tokenizer.is_dir() else {},
         **({"steps": exported["steps"]} if exported.get("steps") is not None else {}),
     }

@@ -4,6 +4,7 @@ A `.pt` and a `.pt2` are zip archives with a checksum (CRC-32) per record, which
 file; a `.safetensors` file has none of its own, so ours carry one per tensor. Comparing reads about 3 GB/s per core.
 """
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from utils.program import UserError
+from utils.program import UserError, first_line
 
 CHECKSUMS = "crc32"  # the entry of a safetensors file's metadata: JSON, CRC-32 by name of the tensor
 AGAIN = "copy or download it again"
@@ -36,6 +37,17 @@ FOREIGN = {  # how files begin that are taken for weights now and then
     b"GGUF": "a GGUF file",
     b"version https://git-lfs": "a pointer of git-lfs: run git lfs pull in its repository",
 }
+ARCHIVE_ERRORS = (  # of the module zipfile, for damage in one place or another
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    OverflowError,
+)
 _verified: set[tuple[str, int, int]] = set()  # path, size and time of the archives that this process has verified
 
 
@@ -52,8 +64,12 @@ def verify_archive(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = any(record.CRC for record in archive.infolist()) and archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is cut short or damaged ({_first_line(error)}); {AGAIN}.") from error
+    except ARCHIVE_ERRORS as error:
+        raise UserError(f"{path} is cut short or damaged ({first_line(error)}); {AGAIN}.") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's beginning
+            raise
+        raise UserError(f"{path} is damaged: its directory leads nowhere; {AGAIN}.") from error
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} in it differs from its checksum; {AGAIN}.")
     _verified.add(version)
@@ -83,12 +99,23 @@ def _kind(path: Path) -> str | None:
         return "a web page (a login or an error, as a rule): open the address in a browser, or use scripts/download.sh"
     if head.isascii() and all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
         return "a text file"
-    return _kind_of_archive(path) if zipfile.is_zipfile(path) else None
+    return _kind_of_archive(path) if is_archive(path) else None
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, if only a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except ARCHIVE_ERRORS:
+        return True
 
 
 def _kind_of_archive(path: Path) -> str | None:
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (*ARCHIVE_ERRORS, OSError):  # damaged: `verify_archive` will say so
+        return None
     if any(name.endswith("/constants.pkl") for name in names):
         return "a TorchScript program"
     if any(name.endswith("archive_format") for name in names):
@@ -116,7 +143,7 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
         sums = json.loads(metadata.get(CHECKSUMS, "{}"))
     except (library.SafetensorError, ValueError, RuntimeError) as error:
         refuse_foreign_unless_safetensors(path)
-        raise UserError(f"{path} is cut short or damaged ({_first_line(error)}); {AGAIN}.") from error
+        raise UserError(f"{path} is cut short or damaged ({first_line(error)}); {AGAIN}.") from error
     damaged = [name for name, tensor in state.items() if name in sums and checksum(tensor) != sums[name]]
     if damaged or sums.keys() - state.keys():
         named = damaged[0] if damaged else min(sums.keys() - state.keys())
@@ -138,12 +165,17 @@ def write_safetensors(path: str | Path, state: dict[str, torch.Tensor]) -> None:
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     sums = {name: checksum(tensor) for name, tensor in state.items()}
+    Path(path).touch()
+    mode = os.stat(path).st_mode  # of a new file here; the library puts one in its place that only its owner reads
     try:
         save_file(state, path, metadata={"format": "pt", CHECKSUMS: json.dumps(sums)})
     except library.SafetensorError as error:  # which tells of a full disk in words alone
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
+    os.chmod(path, mode)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -160,7 +192,3 @@ def safetensors_library():
             "reading and writing .safetensors needs the package safetensors; run: pip install -r requirements.txt"
         ) from error
     return safetensors
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

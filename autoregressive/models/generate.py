@@ -118,19 +118,7 @@ class CodeGenerator:
         # masks on a GPU are aligned to 8 elements
         self.length_step = -(-positions // (8 * LENGTHS)) * 8 if self.on_gpu else LENGTH_STEP
 
-        rows = 2 * batch_size if self.guided else batch_size
-        capacity = -(-positions // self.length_step) * self.length_step
-        shape = (args.n_layer, rows, args.n_kv_head, capacity, args.head_dim)
-        with self.device:
-            self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-            self.x = torch.zeros(rows, args.dim, dtype=dtype)  # embeddings of the last codes
-            self.token = torch.zeros(1, dtype=torch.int64)  # number of the code to draw
-            self.positions = torch.arange(capacity)
-            self.causal = torch.full((capacity, capacity), -torch.inf, dtype=dtype).triu(1)  # what scores are added to
-            self.randomness = self._room_for_randomness()
-            self.codes = torch.zeros(batch_size, length, dtype=torch.int64)
-            self.known = torch.full((batch_size, length), -1)
-            self.finite = torch.ones((), dtype=torch.bool)
+        self._make_room(-(-positions // self.length_step) * self.length_step, dtype)
         scales = guidance_scales(sampling.cfg_schedule, sampling.cfg_scale, length, sampling.cfg_power)
         self.scales = scales.to(self.device)
 
@@ -140,6 +128,21 @@ class CodeGenerator:
         self._pick_codes = compiled(CodeGenerator._next_codes)  # unbound: a bound method would keep `self` alive
         self._graphs: dict[tuple, Callable[[], None]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.on_gpu else None
+
+    def _make_room(self, capacity: int, dtype: torch.dtype) -> None:
+        """The cache, for `capacity` positions, and whatever else a pass reads and writes, at addresses that stay."""
+        args, rows = self.model.args, 2 * self.batch_size if self.guided else self.batch_size
+        shape = (args.n_layer, rows, args.n_kv_head, capacity, args.head_dim)
+        with self.device:
+            self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+            self.x = torch.zeros(rows, args.dim, dtype=dtype)  # embeddings of the last codes
+            self.token = torch.zeros(1, dtype=torch.int64)  # number of the code to draw
+            self.positions = torch.arange(capacity)
+            self.causal = torch.full((capacity, capacity), -torch.inf, dtype=dtype).triu(1)  # what scores are added to
+            self.randomness = self._room_for_randomness()
+            self.codes = torch.zeros(self.batch_size, self.length, dtype=torch.int64)
+            self.known = torch.full((self.batch_size, self.length), -1)
+            self.finite = torch.ones((), dtype=torch.bool)
 
     def _room_for_randomness(self) -> torch.Tensor:
         """`(B, N)` for uniform numbers, or on the CPU, if not too large, `(B, N, V)` for the noise made from them."""
@@ -257,7 +260,7 @@ class CodeGenerator:
         if not self.on_gpu:
             self._decode(*settings)
             return
-        with torch.cuda.device(self.x.device):  # a thread begins on the first one, whichever holds the model
+        with torch.cuda.device(self.x.get_device()):  # a thread begins on the first one, whichever holds the model
             self._decode(*settings)  # does this pass's work and loads its kernels; capturing executes nothing
             self._graphs[settings] = self._capture(*settings)
 

@@ -8,14 +8,17 @@ import torch
 
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.load import GPTSettings, build_gpt
+from autoregressive.train.config import TrainSettings
 from pretrained_models.catalogue import published_config
 from pretrained_models.hub_mixin import HubMixin, with_revision
+from pretrained_models.provenance import provenance
+from utils.arguments import settings_from, speaking_of_arguments
 from utils.checkpoint import read_checkpoint, recorded_settings
 
 RECORDED = ("gpt_model", "image_size", "downsample_size", "conditioning", "tokenizer", "class_names")
 
 
-class TransformerHF(Transformer, HubMixin, license="mit", tags=["image-generation", "next-patch-prediction"]):
+class TransformerHF(Transformer, HubMixin, tags=["image-generation", "next-patch-prediction"]):
     """`Transformer` with `save_pretrained`, `push_to_hub` and `from_pretrained`."""
 
     recorded: dict[str, Any] = {}  # the configuration that it was read with
@@ -32,13 +35,16 @@ class TransformerHF(Transformer, HubMixin, license="mit", tags=["image-generatio
         `flags` are fields of `GPTSettings`. Raises `UserError`.
         """
         name = with_revision(pretrained_model_name_or_path, revision)
-        model, info = build_gpt(GPTSettings(name, **flags))
+        with speaking_of_arguments():
+            model, info = build_gpt(settings_from(GPTSettings, flags | {"gpt_ckpt": name}))
         with torch.device("meta"):
             twin = cls(model.args)
         twin.cls_embedding = model.cls_embedding
         twin.load_state_dict(model.state_dict(), strict=True, assign=True)
         twin.set_rope_tables()
-        recorded = published_config(info.checkpoint) | recorded_settings(read_checkpoint(info.checkpoint))
+        checkpoint = read_checkpoint(info.checkpoint)
+        recorded = published_config(info.checkpoint) | recorded_settings(checkpoint)
         twin.recorded = {name: recorded.get(name) for name in RECORDED}
-        twin.note(info.sha256, weights=info.weights, steps=info.steps)
+        told = provenance(checkpoint, Path(info.checkpoint), TrainSettings)
+        twin.note(info.sha256, weights=info.weights, **told)
         return twin.requires_grad_(False).eval()

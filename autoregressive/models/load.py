@@ -28,6 +28,7 @@ from utils.checkpoint import (
 )
 from utils.component import load_component, placeless
 from utils.program import UserError
+from utils.recorded import check_fields, damaged
 from utils.settings import option, recipe, refuse_contradictions, settings
 
 PUBLISHED_IMAGE_SIZE, PUBLISHED_DOWNSAMPLE_SIZE = 384, 16  # of the published samplers, where nothing else is said
@@ -127,17 +128,7 @@ def build_gpt(
     refuse_contradictions(path, {"codebook_size": args.vocab_size}, {"codebook_size": codebook_size})
     image_size, downsample_size = _sizes(recorded, given)
 
-    conditioning = _conditioning(recorded, given, path)
-    try:
-        with torch.device("meta"):
-            model = Transformer(args, conditioning)
-        model.to(dtype).to_empty(device=device)
-        if conditioning is not LabelEmbedder:  # it may hold buffers that no checkpoint has
-            model.cls_embedding = conditioning(args).to(dtype=dtype)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}.") from error
-    model.set_rope_tables()
-    model.to(device)  # what it moves is the tables, and a conditioning of the user's own
+    model = _empty_model(args, _conditioning(recorded, given, path), dtype, device, path)
     load_strict(model, state, path, "check --gpt-model, --codebook-size and --num-classes.")
     info = GPTInfo(
         name=name,
@@ -155,6 +146,22 @@ def build_gpt(
     return model.requires_grad_(False).eval(), info
 
 
+def _empty_model(
+    args: ModelArgs, conditioning: Callable[[ModelArgs], Conditioning], dtype: torch.dtype, device, path: Path
+) -> Transformer:
+    """The model whose weights `path` holds, on `device`, before they are loaded."""
+    try:
+        with torch.device("meta"):
+            model = Transformer(args, conditioning)
+        model.to(dtype).to_empty(device=device)
+        if conditioning is not LabelEmbedder:  # it may hold buffers that no checkpoint has
+            model.cls_embedding = conditioning(args).to(dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
+    model.set_rope_tables()
+    return model.to(device)  # what it moves is the tables, and a conditioning of the user's own
+
+
 def recorded_model(
     recorded: dict[str, Any], state: dict[str, torch.Tensor], given: GPTSettings, path: Path
 ) -> tuple[str, ModelArgs]:
@@ -170,7 +177,12 @@ def recorded_model(
     grid = _grid(recorded, given, path)
     known |= {key: value for key, value in flags.items() if value is not None}
     size = name if name in GPT_SIZES else "GPT-B"  # then all of its sizes are recorded
-    return name, model_args(size, **known | {"grid": grid, "block_size": grid[0] * grid[1]})
+    known |= {"grid": grid, "block_size": grid[0] * grid[1]}
+    check_fields(known, ModelArgs, path)
+    try:
+        return name, model_args(size, **known)
+    except ValueError as error:
+        raise UserError(damaged(path, error)) from error
 
 
 def check_tokenizer(trained: dict, used: TokenizerInfo, whose: str) -> None:
@@ -265,7 +277,7 @@ def _conditioning(recorded: dict[str, Any], given: GPTSettings, path: Path) -> C
     trained = recorded.get("conditioning")
     if given.conditioning is None:
         if trained is not None:
-            spelling = trained.rpartition(" sha256 ")[0]
+            spelling = trained.split(" sha256 ")[0]
             raise UserError(f"{path} was trained with another conditioning; give --conditioning '{spelling}'.")
         return LabelEmbedder
     component = load_component(given.conditioning, "--conditioning")

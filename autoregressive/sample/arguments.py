@@ -1,60 +1,8 @@
-"""Arguments of the Python interface: settings by the names of their fields, and refusals that speak of arguments."""
+"""What the Python interface is given: the device to draw on, and codes to decode."""
 
-import dataclasses
-import re
-import typing
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
 import torch
 
 from utils.program import UserError
-from utils.settings import SettingError
-
-S = TypeVar("S")
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
-NAMES = {"gpt-ckpt": "model", "vq-ckpt": "tokenizer"}  # of flags that are called otherwise here
-
-
-def settings_from(cls: type[S], values: dict[str, Any]) -> S:
-    """The settings class `cls` with those of `values` that are not None.
-
-    Raises `UserError` for names it does not have, and for values of another type or out of range.
-    """
-    hints, chosen = typing.get_type_hints(cls), {}
-    refuse_unknown(values, [cls])
-    for name, value in values.items():
-        if value is None:
-            continue
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        value = value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
-        value = float(value) if float in kinds and type(value) is int else value
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds if kind is not type(None))
-            raise UserError(f"{name} must be {wanted}, not {value!r}.")
-        chosen[name] = value
-    try:
-        return cls(**chosen)
-    except SettingError as error:
-        raise UserError(f"{error}.") from error
-
-
-def refuse_unknown(values: Collection[str], classes: Collection[type]) -> None:
-    """Raise `UserError` for a name that is a field of none of the settings `classes`."""
-    known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        offered = sorted(known - {name.replace("-", "_") for name in NAMES})
-        raise UserError(f"there is no argument {unknown[0]}; there are {', '.join(offered)}.")
-
-
-def whole_number(name: str, value: Any, least: int, most: int) -> int:
-    """`value` as an int. Raises `UserError` unless it is one from `least` to `most`."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
-        raise UserError(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
-    return int(value)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -70,17 +18,19 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def spoken(items: Iterator[S]) -> Iterator[S]:
-    """`items`, whose refusals speak of arguments, too."""
-    with speaking_of_arguments():
-        yield from items
-
-
-@contextmanager
-def speaking_of_arguments() -> Iterator[None]:
-    """Sentences of a `UserError` name arguments of the Python interface where programs name their flags."""
+def as_codes(codes, length: int, codebook_size: int) -> torch.Tensor:
+    """`codes`, a tensor, an array or lists, as a tensor `(B, length)` int64. Raises `UserError` for anything else."""
+    wanted = f"whole numbers from 0 to {codebook_size - 1}, {length} for each image"
     try:
-        yield
-    except UserError as error:
-        told = re.sub(r"--([a-z][a-z-]*)", lambda flag: NAMES.get(flag[1], flag[1].replace("-", "_")), str(error))
-        raise UserError(told) from error
+        codes = torch.as_tensor(codes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"codes are a tensor or an array (images, {length}) of {wanted}.") from error
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype is torch.bool:
+        raise UserError(f"codes are {wanted}, not {str(codes.dtype).removeprefix('torch.')}.")
+    if codes.dim() != 2 or codes.shape[1] != length or not len(codes):
+        raise UserError(f"codes have the shape (images, {length}), not {tuple(codes.shape)}.")
+    codes = codes.long()
+    least, most = codes.min().item(), codes.max().item()
+    if least < 0 or most >= codebook_size:
+        raise UserError(f"codes are {wanted}; these reach from {least} to {most}.")
+    return codes

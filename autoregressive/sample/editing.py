@@ -45,7 +45,7 @@ def known_codes(pipeline, image, mask) -> torch.Tensor | None:
     if image is None:
         return None
     picture = as_picture(image)
-    drawn = touched_codes(_as_mask(mask, picture), pipeline.gpt.args.grid)
+    drawn = touched_codes(_as_mask(mask, image, picture), pipeline.gpt.args.grid)
     if not drawn.any():
         raise UserError(
             "the mask marks nothing to draw in the middle square of the image; paint white what is to be drawn anew."
@@ -53,19 +53,22 @@ def known_codes(pipeline, image, mask) -> torch.Tensor | None:
     return pipeline.encode([picture])[0].masked_fill(torch.from_numpy(drawn.flatten()), -1)
 
 
-def _as_mask(mask, picture: Image.Image) -> np.ndarray:
-    """`(H, W)` bool."""
+def _as_mask(mask, image: Image.Image, picture: Image.Image) -> np.ndarray:
+    """`(H, W)` bool for `image`, which is `picture` when it stands upright."""
     if isinstance(mask, Image.Image):
         mask = np.asarray(ImageOps.exif_transpose(mask).convert("L")) >= 128
-    mask = np.asarray(mask)
+    wanted = "a mask is a PIL image or an array (height, width) of bool"
+    try:
+        mask = np.asarray(mask)
+    except ValueError as error:  # rows of different lengths
+        raise UserError(f"{wanted}.") from error
     if mask.dtype != bool or mask.ndim != 2:
-        raise UserError(
-            f"a mask is a PIL image or an array (height, width) of bool, not {mask.dtype} of shape {mask.shape}."
-        )
+        raise UserError(f"{wanted}, not {mask.dtype} of shape {mask.shape}.")
     if mask.shape != (picture.height, picture.width):
+        turned = " (upright: ImageOps.exif_transpose(image))" if mask.shape == image.size[::-1] else ""
         raise UserError(
-            f"the mask is {mask.shape[1]}x{mask.shape[0]} pixels and the image {picture.width}x{picture.height}; give "
-            "a mask of the image's size."
+            f"the mask is {mask.shape[1]}x{mask.shape[0]} pixels and the image {picture.width}x{picture.height}"
+            f"{turned}; give a mask of the image's size."
         )
     return mask
 

@@ -23,14 +23,7 @@ from autoregressive.models.load import GPTInfo, GPTSettings, build_gpt, check_to
 from autoregressive.models.packed_linear import pack_linears
 from autoregressive.models.parallel import make_generator, rounds_alike
 from autoregressive.models.sampling import Sampling
-from autoregressive.sample.arguments import (
-    choose_device,
-    refuse_unknown,
-    settings_from,
-    speaking_of_arguments,
-    spoken,
-    whole_number,
-)
+from autoregressive.sample.arguments import as_codes, choose_device
 from autoregressive.sample.class_names import class_names, find_classes, label_of
 from autoregressive.sample.drawing import Drawing, draw
 from autoregressive.sample.editing import MOST_CANDIDATES, as_picture, kept_behind, known_codes
@@ -41,6 +34,7 @@ from pretrained_models.catalogue import find_weights
 from tokenizer.base import ImageTokenizer
 from tokenizer.tokenizer_image.load import TOKENIZER_HELP, TokenizerInfo, TokenizerSettings, build_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel, to_uint8
+from utils.arguments import refuse_unknown, settings_from, speaking_of_arguments, spoken, whole_number
 from utils.component import identities, load_component
 from utils.precision import DTYPES, PRECISIONS, forbid_tf32
 from utils.program import UserError
@@ -145,8 +139,8 @@ class Pipeline:
         """
         with speaking_of_arguments():
             settings |= {"gpt_ckpt": model, "vq_ckpt": tokenizer}
-            if model is None:
-                raise UserError("model must be a name or a path, not None.")
+            if not isinstance(model, str | Path) or not str(model):
+                raise UserError(f"model must be a name or a path, not {model!r}.")
             if download:
                 download_published(str(model), tokenizer and str(tokenizer))
             classes = (GPTSettings, SamplerTokenizerSettings, ComputeSettings)
@@ -178,6 +172,8 @@ class Pipeline:
         under which the kept codes that follow are likeliest. `callback` is called with a `Drawing` after every row of
         codes. Raises `UserError`.
         """
+        if not (callback is None or callable(callback)):
+            raise UserError(f"callback must be a function that takes a Drawing, not {callback!r}.")
         drawings = self.stream(classes, seed=seed, image=image, mask=mask, candidates=candidates, **sampling)
         for drawing in drawings:
             if callback is not None:
@@ -236,8 +232,13 @@ class Pipeline:
 
     @torch.no_grad()
     def encode(self, images: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
-        """Codes `(B, h*w)` int64 of images, of which the middle square is taken, at the size of the GPT."""
-        several = [images] if isinstance(images, Image.Image) else list(images)
+        """Codes `(B, h*w)` int64 of images, of which the middle square is taken, at the size of the GPT.
+
+        Raises `UserError`.
+        """
+        several = list(images) if isinstance(images, Iterable) else [images]
+        if not several:
+            raise UserError("there are no images to encode; give a PIL image or a list of them.")
         codes = []
         for image in several:
             pixels = torch.from_numpy(center_crop(as_picture(image), self.image_size).copy())
@@ -245,7 +246,8 @@ class Pipeline:
         return torch.cat(codes)
 
     def decode(self, codes: torch.Tensor) -> list[Image.Image]:
-        """Images of codes `(B, h*w)`."""
+        """Images of codes `(B, h*w)`. Raises `UserError` for what are no codes of this tokenizer."""
+        codes = as_codes(codes, self.gpt.args.block_size, self.tokenizer_info.codebook_size)
         return [Image.fromarray(image) for image in self.pixels(codes)]
 
     @property
@@ -280,6 +282,7 @@ class Pipeline:
 
         gpt, tokenizer = self.gpt_info, self.tokenizer_info
         settled = {  # what the files may not say
+            "tokenizer": tokenizer.checkpoint,
             "gpt_model": self._given[0].gpt_model,
             "num_classes": self.gpt.args.num_classes,
             "image_size": self.image_size,
@@ -287,13 +290,12 @@ class Pipeline:
             "vq_model": self._given[1].vq_model,
         }
         chosen = {"weights": gpt.weights, "vq_weights": tokenizer.weights} | settled | flags
-        with speaking_of_arguments():
-            return save_pretrained(gpt.checkpoint, folder, tokenizer.checkpoint, **chosen)
+        return save_pretrained(gpt.checkpoint, folder, **chosen)
 
     def push_to_hub(self, repository: str, **flags) -> None:
         """Upload GPT and tokenizer to the hub's `repository` ORG/NAME, made if need be. As `save_pretrained`."""
         with TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder, repository.rpartition("/")[2]), push=repository, **flags)
+            self.save_pretrained(Path(folder, "weights"), **flags | {"push": str(repository)})
 
     @contextmanager
     def lent_generator(self, batch_size: int, sampling: Sampling) -> Iterator[CodeGenerator]:
@@ -303,6 +305,7 @@ class Pipeline:
         generator = idle.pop(kind, None)
         idle.clear()  # before another one takes memory
         generator = generator or self.generator(batch_size, sampling)
+        generator.finite.fill_(True)  # whatever its last drawing met
         try:
             yield generator
         finally:

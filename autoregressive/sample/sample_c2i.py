@@ -15,7 +15,7 @@ from autoregressive.sample.editing import MOST_CANDIDATES, open_picture
 from autoregressive.sample.pictures import captioned_rows
 from autoregressive.sample.pipeline import ComputeSettings, PictureSampling, Pipeline, SamplerTokenizerSettings
 from utils.commands import absolute_component, command
-from utils.files import atomic_file
+from utils.files import atomic_file, refuse_as_output
 from utils.program import run
 from utils.progress import progress
 from utils.settings import MAX_SEED, option, parse, recipe, settings
@@ -44,6 +44,7 @@ class PictureSettings:
 
 def main() -> None:
     chosen = parse(PictureSettings, __doc__.split("\n")[0])
+    refuse_as_output(chosen.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = Pipeline(chosen.gpt, chosen.tokenizer, chosen.compute, device)
     print(pipeline.describe(), flush=True)

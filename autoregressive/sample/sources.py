@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pretrained_models import download
 from pretrained_models.catalogue import PUBLISHED, published_config
 from utils.checkpoint import TOKENIZER_FOLDER, read_checkpoint
 from utils.program import UserError
@@ -11,11 +12,9 @@ PUBLISHED_TOKENIZER = "vq_ds16_c2i.pt"  # whose codes every published GPT was tr
 
 def download_published(gpt: str, tokenizer: str | None) -> None:
     """Download what of the two is a published name, and the tokenizer that is left open; what is here stays."""
-    from pretrained_models.download import download  # which imports the hub's library
-
     for name in (gpt, tokenizer or (PUBLISHED_TOKENIZER if gpt in PUBLISHED else "")):
         if name in PUBLISHED and not Path(name).exists():
-            download(name)
+            download.download(name)
 
 
 def tokenizer_of(gpt: Path) -> str:

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
@@ -272,7 +271,9 @@ def compile_frozen(function: Callable[[Any], Any], example: Any) -> Callable[[An
 
     `RuntimeError` if that fails.
     """
-    with torch._inductor.config.patch(freezing=True):
+    from torch._inductor import config  # a second, which evaluations that do not compile save
+
+    with config.patch(freezing=True):
         compiled = torch.compile(function, dynamic=False)
         compiled(example)
     return compiled

@@ -131,7 +131,7 @@ def test_one_download_at_a_time_of_one_file(hub, tmp_path):
 
 def test_a_login_stays_at_the_hub(hub, tmp_path, monkeypatch):
     """The hub sends to storage elsewhere, which must not see the token (and refuses requests that bring one)."""
-    monkeypatch.setattr(download, "build_hf_headers", lambda: {"authorization": "Bearer secret"})
+    monkeypatch.setattr("huggingface_hub.utils.build_hf_headers", lambda: {"authorization": "Bearer secret"})
     hub.elsewhere = "/pytttttt/LlamaGen-NPP/resolve/main/c2i_B_256.pt?elsewhere"
     assert download.download(NAME, tmp_path).read_bytes() == CONTENT
     assert hub.logins == ["Bearer secret", None]
@@ -145,7 +145,7 @@ def test_damaged_content_is_removed(hub, tmp_path):
 
 
 def test_a_hub_that_does_not_say_the_size(monkeypatch, tmp_path):
-    monkeypatch.setattr(download, "get_hf_file_metadata", lambda url: SimpleNamespace(size=None, etag="x"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=None, etag="x"))
     with pytest.raises(UserError, match="the hub does not say how large"):
         download.download(NAME, tmp_path)
 

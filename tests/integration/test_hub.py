@@ -1,7 +1,9 @@
 """Weights in the form of the Hugging Face hub: converted without loss, read by every flag, fetched and pushed."""
 
 import json
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +30,8 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 from tokenizer.tokenizer_image.vq_model_hf import VQModelHF
 from utils.checkpoint import read_checkpoint
 from utils.program import UserError
+
+GUIDE = Path(__file__).parents[2] / "docs/hub.md"
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,19 @@ def test_the_card_and_the_configuration_say_what_it_is(models, tmp_path):
     assert config["tokenizer"]["name"] == "VQ-Tiny"
     assert config["export"]["code"]
     assert "/home/me" not in card + json.dumps(config)
+    for source, target in (("hub", "a.pt"), ("a.pt", "b")):
+        run("export", tmp_path / source, tmp_path / target)
+    TransformerHF.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
+    for place in ("b", "c"):
+        kept = json.loads((tmp_path / place / "config.json").read_text())["export"]
+        assert kept == config["export"], place
+    run("export", models / "run.pt", tmp_path / "own")
+    assert "Licence: not stated." in (tmp_path / "own/README.md").read_text()
+    model = TransformerHF.from_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        model.output.weight += 1
+    model.save_pretrained(tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned/config.json").read_text())["export"]["metrics"] is None
     assert config["export"]["training"]["loss"] == "l.py:l"
     (tmp_path / "y.json").write_text("[]")
     with pytest.raises(UserError, match="is no report of the evaluator"):
@@ -148,6 +165,10 @@ def test_published_layouts_and_the_next_command(models, tmp_path, capsys):
 def test_a_part_of_ones_own_is_kept_and_never_run(models, tmp_path):
     checkpoint = read_checkpoint(models / "run.pt")
     conditioning = "/home/me/captions.py:Captions sha256 0123"
+    plain = checkpoint | {"config": checkpoint["config"] | {"conditioning": "captions.py:Captions"}}
+    torch.save(plain, tmp_path / "plain.pt")
+    with pytest.raises(UserError, match="give --conditioning 'captions.py:Captions'"):
+        build_gpt(GPTSettings(str(tmp_path / "plain.pt")))
     torch.save(checkpoint | {"config": checkpoint["config"] | {"conditioning": conditioning}}, tmp_path / "own.pt")
     run("export", tmp_path / "own.pt", tmp_path / "hub", "--vq-model", "VQ-Tiny")
     with pytest.raises(UserError, match="was trained with another conditioning; give --conditioning 'captions.py:Cap"):
@@ -171,6 +192,8 @@ def test_refusals(models, tmp_path):
         ((models / "vq.pt", tmp_path / "a", "--vq-model", "VQ-Tiny", "--tokenizer", "x"), "is a tokenizer itself"),
         ((models / "run.pt", tmp_path / "a", "--tokenizer", models / "bare.pt"), "bare.pt does not say|is a GPT"),
         ((models / "run.pt", tmp_path / "a.pt", "--push", "me/a"), "name a folder instead of a .pt"),
+        ((models / "run.pt", tmp_path / "a", "--push", "me"), "--push 'me' cannot be a repository of the hub"),
+        (("", tmp_path / "a"), "weights are named by an empty text"),
         ((models / "run.pt", tmp_path / "a", "--private"), "--private is for the repository of --push"),
         ((tmp_path / "foreign.pt", tmp_path / "a"), "holds neither a GPT nor a tokenizer"),
         ((models / "bare.pt", tmp_path / "a", "--weights", "ema"), "holds no EMA weights; use --weights raw"),
@@ -206,13 +229,57 @@ def test_damage_in_the_hub_form(models, tmp_path):
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    for config in ("{", "[]", '{"export": 1}'):
+    for config in ("{", "[]", '{"export": 1}', '{"a":' * 10**5):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(UserError, match="config.json is damaged or no model's"):
             read_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="holds no weights: it has no config.json; name a checkpoint, a run folder"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        (None, {"model": "abc", "class_names": 5, "tokenizer": "x", "image_size": "x", "conditioning": 5}),
+        (None, {"tokenizer": {"hash": 5}, "class_names": [1, 2], "gpt_model": [], "downsample_size": 0.5}),
+        ("model", {"n_layer": "2", "dim": 0, "n_head": 3, "grid": "x", "norm_eps": float("nan"), "rope_base": "x"}),
+        ("model", {"grid": [4], "cls_token_num": True}),
+        ("export", {"weights": "zz", "steps": "many", "training": [], "metrics": 5, "license": 5}),
+    ],
+)
+def test_values_that_no_configuration_has(models, tmp_path, part, values):
+    (tmp_path / "model.safetensors").symlink_to(models / "hub/model.safetensors")
+    for name, value in values.items():
+        config = json.loads((models / "hub/config.json").read_text())
+        (config if part is None else config[part])[name] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for use in (
+            lambda: build_gpt(GPTSettings(str(tmp_path))),
+            lambda: run("export", tmp_path, tmp_path / "out", "--vq-model", "VQ-Tiny"),
+        ):
+            with pytest.raises(UserError, match="is damaged or no model's|holds a model of"):
+                use()
+
+
+def test_values_that_no_tokenizer_has(models, tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(models / "hub/tokenizer/model.safetensors")
+    for name, value in (("vq_model", 5), ("codebook_size", "x"), ("encoder_ch_mult", ["x"]), ("channels", 1.5)):
+        config = json.loads((models / "hub/tokenizer/config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        for use in (lambda: build_tokenizer(TokenizerSettings(str(tmp_path))), lambda: run("export", tmp_path, "out")):
+            with pytest.raises(UserError, match=f"is damaged or no model's .{name} must be"):
+                use()
+
+
+def test_no_tokenizer_of_other_weights_stays(models, tmp_path):
+    sizes = ("--image-size", 16, "--downsample-size", 4)
+    for source, arguments in (("bare.pt", sizes), ("vq.pt", ("--vq-model", "VQ-Tiny"))):
+        run("export", models / "run.pt", tmp_path / "out")
+        assert (tmp_path / "out/tokenizer/config.json").exists()
+        run("export", models / source, tmp_path / "out", *arguments)
+        assert not (tmp_path / "out/tokenizer").exists()
+    assert (tmp_path / "out/model.safetensors").stat().st_mode == (tmp_path / "out/config.json").stat().st_mode
 
 
 def test_safetensors_of_others_are_read_alone(models, tmp_path):
@@ -269,6 +336,27 @@ def test_pushed_and_fetched_again(hub, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     hub.repositories.clear()  # what is in the cache serves
     assert find_weights("me/digits").samefile(info.checkpoint)
+
+
+def test_the_lines_of_the_guide(hub, models, tmp_path, monkeypatch):
+    """As they stand there, with tiny weights under their names."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path)
+    for revision in ("main", "v1"):
+        hub.publish("ORG/NAME", files_of(models / "hub"), revision=revision)
+    (tmp_path / "results/mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "results/mine/checkpoints/last.pt").symlink_to(models / "run.pt")
+    pushed = []
+    monkeypatch.setattr(export, "push", lambda *arguments: pushed.append(arguments))
+    parts = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(parts) == 3
+    for lines in parts:
+        exec(lines, {})
+    assert pushed == [(Path("OUT"), "ORG/NAME", True)]
+    assert {"OUT/tokenizer/config.json", "OUT_VQ/config.json"} <= files_of(tmp_path).keys()
+    for call, name in ((TransformerHF.from_pretrained, "ORG/NAME"), (VQModelHF.from_pretrained, "ORG/NAME/tokenizer")):
+        with pytest.raises(UserError, match="there is no argument token; there are"):
+            call(name, token="x")
 
 
 def test_revisions_and_repositories_without_a_tokenizer(hub, models):

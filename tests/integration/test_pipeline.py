@@ -91,7 +91,9 @@ def test_the_lines_of_the_guide_draw_what_the_script_draws(models, tmp_path, mon
     monkeypatch.setattr(catalogue, "FOLDER", tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    picture(size=(30, 20)).save("photo.jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a phone held upright
+    picture(size=(30, 20)).save("photo.jpg", exif=turned)
     parts = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     assert 'Pipeline.from_pretrained("npp/c2i_B_256.pt", tokenizer="vq_ds16_c2i.pt")' in parts[0]
     namespace = {}
@@ -181,6 +183,7 @@ def test_codes_and_back(pipeline):
     assert (codes.shape, codes.dtype) == ((3, 16), torch.int64)
     assert torch.equal(codes[:1], pipeline.encode(images[0]))
     assert [image.size for image in pipeline.decode(codes)] == [(16, 16)] * 3
+    assert same(pipeline.decode(codes), pipeline.decode(codes.int().tolist()))
     middle = Image.fromarray(np.asarray(images[1])[:, 8:24])
     assert torch.equal(codes[1:2], pipeline.encode(middle))
 
@@ -249,6 +252,9 @@ def test_the_script_edits_as_well(models, pipeline, tmp_path, monkeypatch):
     sample_c2i.main()
     expected = pipeline(3, image=picture(), mask=mask_of(4, 5), candidates=3)
     assert same(expected, [np.asarray(Image.open("a.png"))[:, -16:]])
+    monkeypatch.setattr(sys, "argv", ["sample_c2i", "--gpt-ckpt", "nowhere.pt", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="is a folder; name a file to write to"):  # before anything is read
+        sample_c2i.main()
     (tmp_path / "broken.png").write_bytes((tmp_path / "image.png").read_bytes()[:100])
     for changes, sentence in (
         (["--image", "nowhere.png"], "no picture nowhere.png"),
@@ -296,12 +302,52 @@ def test_a_code_is_drawn_if_the_mask_touches_one_of_its_pixels():
         (dict(image=picture(), mask=mask_of()), "marks nothing to draw"),
         (dict(image=picture(size=(8, 8)), mask=mask_of(1)), "the mask is 16x16 pixels and the image 8x8"),
         (dict(image=picture(), mask=mask_of(1).astype(float)), "bool, not float64"),
+        (dict(image=picture(), mask=[[1], [1, 2]]), "a mask is a PIL image or an array"),
+        (dict(callback="x"), "callback must be a function that takes a Drawing, not 'x'"),
     ],
 )
 def test_arguments_that_are_refused(pipeline, arguments, sentence):
     with pytest.raises(UserError, match=sentence) as refusal:
-        pipeline.stream(**dict(classes=3) | arguments)
+        (pipeline if "callback" in arguments else pipeline.stream)(**dict(classes=3) | arguments)
     assert "--" not in str(refusal.value)
+
+
+def test_codes_images_and_names_that_are_refused(pipeline, tmp_path):
+    turned = picture(size=(30, 20))
+    turned.getexif()[0x0112] = 6
+    lying = np.ones((20, 30), dtype=bool)
+    encode, decode, save, codes = pipeline.encode, pipeline.decode, pipeline.save_pretrained, np.zeros((1, 16), int)
+    for call, sentence in (
+        (lambda: pipeline(3, image=turned, mask=lying), r"is 30x20 pixels .* 20x30 \(upright: ImageOps.exif_transpose"),
+        (lambda: decode(codes + CODEBOOK), "whole numbers from 0 to 63, 16 for each image; these reach from 64 to 64"),
+        (lambda: decode(codes - 1), "these reach from -1 to -1"),
+        (lambda: decode(codes.astype(float)), "not float64"),
+        (lambda: decode(codes[0]), r"have the shape \(images, 16\), not \(16,\)"),
+        (lambda: decode(codes[:, :8]), r"not \(1, 8\)"),
+        (lambda: decode(codes[:0]), r"not \(0, 16\)"),
+        (lambda: decode([[1], [1, 2]]), "codes are a tensor or an array"),
+        (lambda: encode([]), "no images to encode"),
+        (lambda: encode(5), "an image is a PIL image, not int"),
+        (lambda: save(tmp_path / "a", foo=1), "there is no argument foo; there are downsample_size"),
+        (lambda: save(tmp_path / "a", weights="xx"), "weights is one of auto, ema, raw, not xx"),
+        (lambda: save(tmp_path / "a", private="yes"), "private must be True or False, not 'yes'"),
+        (lambda: save(tmp_path / "a", private=True), "private is for the repository of push"),
+        (lambda: save(5), "folder must be a name or a path, not 5"),
+        (lambda: pipeline.push_to_hub(""), "push '' cannot be a repository of the hub; give ORG/NAME"),
+        (lambda: pipeline.push_to_hub(None), "push 'None' cannot be a repository"),
+    ):
+        with pytest.raises(UserError, match=sentence) as refusal:
+            call()
+        assert "--" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_drawing_that_failed_does_not_fail_the_next(pipeline):
+    with pipeline.lent_generator(1, Sampling()) as generator:
+        generator.finite.fill_(False)
+    with pipeline.lent_generator(1, Sampling()) as again:
+        assert again is generator
+        again.check_finite()
 
 
 def test_weights_that_are_refused(models, tmp_path, monkeypatch):
@@ -320,6 +366,8 @@ def test_weights_that_are_refused(models, tmp_path, monkeypatch):
         (models / "run", dict(size=3), "there is no argument size; there are"),
         (models / "run", dict(precision="bf15"), "precision is one of none, bf16, fp16, not bf15"),
         (None, {}, "model must be a name or a path"),
+        (5, {}, "model must be a name or a path, not 5"),
+        ("", {}, "model must be a name or a path, not ''"),
     ):
         with pytest.raises(UserError, match=sentence) as refusal:
             Pipeline.from_pretrained(name, **arguments)
@@ -345,6 +393,10 @@ def test_published_weights_are_downloaded_when_asked(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="has not been downloaded"):
         Pipeline.from_pretrained("npp/c2i_B_256.pt", download=True)
     assert asked == ["npp/c2i_B_256.pt", "vq_ds16_c2i.pt"]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="need the package huggingface_hub"):
+        download.download("npp/c2i_B_256.pt", tmp_path)
 
 
 def test_what_decides_images_is_recorded_where_rounding_does(models, pipeline):

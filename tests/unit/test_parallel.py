@@ -72,12 +72,12 @@ class Recorder:
     ],
 )
 @pytest.mark.parametrize("draw", [draw_codes, draw_gumbel])
-@pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_codes_and_their_logits_are_those_of_one_by_one(settings, draw, batch_size):
+@pytest.mark.parametrize(("batch_size", "windows"), [(1, (2, 3, 16, 64, 100)), (3, (2, 5, 64)), (7, (3, 16))])
+def test_codes_and_their_logits_are_those_of_one_by_one(settings, draw, batch_size, windows):
     labels, numbers, sampling = torch.arange(batch_size), uniforms(batch_size), Sampling(**settings)
     one_by_one = Recorder(draw)
     expected = CodeGenerator(model(), batch_size, 64, sampling, draw=one_by_one)(labels, numbers)
-    for window in (2, 3, 16, 64, 100):
+    for window in windows:
         together = Recorder(draw)
         generator = ParallelCodeGenerator(model(), batch_size, 64, sampling, window, draw=together)
         assert torch.equal(generator(labels, numbers), expected)
@@ -104,7 +104,7 @@ def test_other_shapes_and_any_number_of_threads(settings):
     sampling = Sampling(2.0, 10, draw="gumbel")
     expected = CodeGenerator(made, 3, length, sampling)(LABELS, uniforms(3, length))
     try:
-        for count, window in ((1, 5), (2, 16), (3, 16)):
+        for count, window in ((1, 5), (2, 16)):
             torch.set_num_threads(count)
             codes = ParallelCodeGenerator(made, 3, length, sampling, window)(LABELS, uniforms(3, length))
             assert torch.equal(codes, expected)

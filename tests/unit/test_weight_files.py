@@ -84,6 +84,21 @@ def test_flipped_bytes_are_seen_anywhere(archive):
             read_checkpoint(archive)
 
 
+def test_a_bit_anywhere_is_seen_or_does_not_matter(tmp_path):
+    """In the archive's directory, too: a sentence, or the weights as they were."""
+    path, weights = tmp_path / "c2i.pt", torch.arange(3.0)
+    torch.save({"w": weights}, path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert torch.equal(read_checkpoint(path)["w"], weights)
+        except UserError as refusal:
+            assert str(path) in str(refusal)
+
+
 def test_an_archive_is_verified_once_unless_it_changes(archive, monkeypatch):
     reads = []
     original = zipfile.ZipFile.testzip
@@ -122,6 +137,8 @@ def test_safetensors_carry_checksums(tmp_path):
     pytest.importorskip("safetensors")
     state = {"a": torch.randn(3, 4).t(), "b": torch.ones((), dtype=torch.bfloat16), "c": torch.arange(3)}
     weight_files.write_safetensors(tmp_path / "w.safetensors", state)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     read = weight_files.read_safetensors(tmp_path / "w.safetensors")
     assert all(torch.equal(read[name], state[name]) and read[name].dtype == state[name].dtype for name in state)
     content = bytearray((tmp_path / "w.safetensors").read_bytes())

@@ -25,6 +25,7 @@ from utils.checkpoint import (
 )
 from utils.component import call_of, is_component, load_component, placeless, short_name
 from utils.program import UserError
+from utils.recorded import check_fields
 from utils.settings import REQUIRED, option, refuse_differences, settings
 
 DEFAULT_TOKENIZER = "VQ-16"
@@ -96,6 +97,7 @@ def build_tokenizer(
     if is_component(name) and settings.vq_model is None:
         raise UserError(f"{path} was trained with --vq-model '{name}'; give it.")
     config = {field.name: recorded[field.name] for field in fields(ModelArgs) if field.name in recorded}
+    check_fields(config, ModelArgs, path)
     model, identity = new_tokenizer(name, **given_sizes(settings) | config)
     check_sizes(settings, model, identity)
     trained_with = recorded.get("vq_model_identity", identity)

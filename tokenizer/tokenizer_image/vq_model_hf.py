@@ -7,12 +7,16 @@ from typing import Any
 import torch
 
 from pretrained_models.hub_mixin import HubMixin, with_revision
+from pretrained_models.provenance import provenance
 from tokenizer.tokenizer_image.load import TokenizerSettings, build_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.vq_setup import VQTrainSettings
+from utils.arguments import settings_from, speaking_of_arguments
+from utils.checkpoint import read_checkpoint
 from utils.program import UserError
 
 
-class VQModelHF(VQModel, HubMixin, license="mit", tags=["image-tokenizer"]):
+class VQModelHF(VQModel, HubMixin, tags=["image-tokenizer"]):
     """`VQModel` with `save_pretrained`, `push_to_hub` and `from_pretrained`."""
 
     name = "VQ-16"  # of the architecture, which its settings change
@@ -29,12 +33,14 @@ class VQModelHF(VQModel, HubMixin, license="mit", tags=["image-tokenizer"]):
         `flags` are fields of `TokenizerSettings`. Raises `UserError`.
         """
         name = with_revision(pretrained_model_name_or_path, revision)
-        model, info = build_tokenizer(TokenizerSettings(name, **flags))
+        with speaking_of_arguments():
+            model, info = build_tokenizer(settings_from(TokenizerSettings, flags | {"vq_ckpt": name}))
         if not isinstance(model, VQModel):
             raise UserError(f"{name} holds {info.name}, no VQ tokenizer; load it by build_tokenizer.")
         with torch.device("meta"):
             twin = cls(model.config)
         twin.load_state_dict(model.state_dict(), strict=True, assign=True)
         twin.name = info.name
-        twin.note(info.sha256, weights=info.weights)
+        told = provenance(read_checkpoint(info.checkpoint), Path(info.checkpoint), VQTrainSettings)
+        twin.note(info.sha256, weights=info.weights, **told)
         return twin.requires_grad_(False).eval()
