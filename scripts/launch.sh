@@ -11,7 +11,8 @@ set -euo pipefail
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 unset PYTHONOPTIMIZE                          # it would take the docstrings, which are help texts, and the assertions
-unset RANK WORLD_SIZE LOCAL_RANK GROUP_RANK   # left over from other launchers; torchrun sets its workers' own
+# Left over from other launchers; torchrun sets its workers' own.
+unset RANK WORLD_SIZE LOCAL_RANK GROUP_RANK NPP_USER_ERROR_FILE NPP_LAUNCHER_PID
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=$root/.venv/bin/python
     [ -x "$PYTHON" ] || PYTHON=python3
@@ -27,7 +28,7 @@ for argument in "$@"; do # help is said once
 done
 
 if [ -n "${SLURM_JOB_NODELIST:-}" ] && [ -z "${NNODES:-}" ]; then
-    [ "${SLURM_LOCALID:-0}" = 0 ] || {
+    [ "${SLURM_STEP_NUM_TASKS:-1}" -le "${SLURM_STEP_NUM_NODES:-1}" ] || { # every task sees it, and none goes on alone
         echo "error: Slurm starts several tasks per node; start one, of which the launcher makes NPROC_PER_NODE processes." >&2
         exit 2
     }

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from utils.program import UserError
+from utils.program import UserError, first_line
 
 BUFFER = 1 << 20
 
@@ -40,8 +40,10 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if raw is not None and raw.failure is not None and raw.failure is not error:
-            raise raw.failure from error
+        if raw is not None and raw.failure is not None:
+            raw.failure.filename = str(path)
+            if raw.failure is not error:
+                raise raw.failure from error
         raise
     sync_folder(path.parent)
 
@@ -90,7 +92,8 @@ def append(path: Path, text: str) -> None:
         try:
             while rest:
                 rest = rest[file.write(rest) :]
-        except OSError:
+        except OSError as error:
+            error.filename = str(path)
             file.truncate(size)
             raise
 
@@ -141,10 +144,12 @@ def read_json(path: str | os.PathLike, remedy: str, *names: str) -> dict:
 
     Raises `UserError`, which ends with `remedy`, for anything else.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is no file; {remedy}.")
     try:
         value = json.loads(Path(path).read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # neither JSON nor text, or nested without end
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {remedy}.") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}); {remedy}.") from error
     if not isinstance(value, dict) or (missing := [name for name in names if name not in value]):
         found = f"no {missing[0]}" if isinstance(value, dict) else "no object"
         raise UserError(f"{path} is damaged (it holds {found}); {remedy}.")

@@ -23,6 +23,11 @@ class UserError(Exception):
     """Something the user can mend. The message is one sentence: what is wrong and what to do about it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, for a sentence: its first line, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main`: the last line of every entry point.
 
@@ -94,6 +99,10 @@ SYSTEM_SENTENCES = {
     errno.EISDIR: "a file is needed where there is a folder{where}; name another path.",
     errno.EEXIST: "something else is in the place of a folder{where}; move it away, or name another path.",
 }
+SYSTEM_SENTENCES |= dict.fromkeys(
+    (errno.EIO, errno.ESTALE),
+    "the disk or the network's file system fails{where}; run the same command again when it answers.",
+)
 SYSTEM_SENTENCES |= dict.fromkeys((errno.EPERM, errno.EROFS), SYSTEM_SENTENCES[errno.EACCES])
 
 
@@ -131,6 +140,8 @@ def user_error_reported(several_nodes: bool = False) -> bool:
 
 
 def _report(sentence: str, status: int = USER_ERROR_STATUS) -> NoReturn:
+    if bars := sys.modules.get("utils.progress"):  # which not every program imports
+        bars.close_bars()
     marker = os.environ.get(ERROR_MARKER)
     if marker:
         try:

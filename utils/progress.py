@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterable
 
 from tqdm import tqdm
@@ -10,6 +11,7 @@ from tqdm import tqdm
 # monitor thread takes the lock, too; nothing needs it where bars are redrawn by time alone (miniters=1).
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
+_bars: "weakref.WeakSet[tqdm]" = weakref.WeakSet()
 
 
 def progress(
@@ -26,7 +28,7 @@ def progress(
 
     `own_time_left`: the caller shows the time left, because units differ in cost.
     """
-    return tqdm(
+    bar = tqdm(
         iterable,
         desc=description,
         total=total,
@@ -39,3 +41,11 @@ def progress(
         miniters=1,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     )
+    _bars.add(bar)
+    return bar
+
+
+def close_bars() -> None:
+    """End the lines of all bars: what is said next begins a new one."""
+    for bar in list(_bars):
+        bar.close()

@@ -6,6 +6,8 @@ A conditioning of your own (docs/extending.md) is a module with a `forward` like
 import torch
 from torch import nn
 
+from utils.program import first_line
+
 
 class Conditioning(nn.Module):
     """Turns what is known of each image into the `length` vectors that precede its codes (ModelArgs.cls_token_num)."""
@@ -30,7 +32,7 @@ def try_conditioning(conditioning: nn.Module, cond: torch.Tensor, length: int, d
             vectors = conditioning(cond, dropped)
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
             raise ValueError(
-                f"the conditioning does not take {shape} {cond.dtype} values per image ({str(error).splitlines()[0]})"
+                f"the conditioning does not take {shape} {cond.dtype} values per image ({first_line(error)})"
             ) from error
         if (found := getattr(vectors, "shape", None)) != (len(cond), length, dim):
             raise ValueError(

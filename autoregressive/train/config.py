@@ -8,7 +8,7 @@ from utils.engine.learning_rate import LearningRate, LearningRateSettings
 from utils.engine.run import RunSettings
 from utils.engine.state import EMASettings
 from utils.engine.step import StepSettings
-from utils.program import UserError
+from utils.program import UserError, first_line
 from utils.settings import default_identity, identity, option, recipe, settings
 
 IMAGENET_IMAGES = 1_281_167  # for --dry-run without codes
@@ -166,7 +166,7 @@ class TrainSettings:
                 )
             return schedule, LearningRate(self.rate, [len(stage) for stage in schedule.stages], steps_per_epoch)
         except ValueError as error:
-            raise UserError(f"{error}.") from error
+            raise UserError(f"{first_line(error)}.") from error
 
 
 def _refuse_level_flags(patches: PatchScheduleSettings) -> None:

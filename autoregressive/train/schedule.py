@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoregressive.models.patch import check_patch_side
+from utils.engine.learning_rate import check_length
 from utils.settings import recipe, settings
-
-MOST_STEPS = 10**8  # sides are kept in memory: 0.8 GB
 
 
 @settings("patch schedule")
@@ -71,13 +70,14 @@ def coarse_to_fine(
     """
     if patch_level > 1 and epoch_rate >= 1:
         raise ValueError(f"--epoch-rate must lie between 0 and 1, got {epoch_rate:g}")
-    _check_size(epochs, steps_per_epoch)
-    sides = [2 ** (patch_level - 1 - level) for level in range(patch_level)]
-    if grid[0] % sides[0] or grid[1] % sides[0]:
+    check_length(epochs, steps_per_epoch)
+    if patch_level > _most_levels(grid):
         raise ValueError(
-            f"--patch-level {patch_level} needs {sides[0]}x{sides[0]} patches, which do not tile the grid of "
-            f"{grid[0]}x{grid[1]} codes; use --patch-level {_most_levels(grid)} or less, or another --image-size"
+            f"--patch-level {patch_level} needs patches of 2^{patch_level - 1} codes per side, which do not tile the "
+            f"grid of {grid[0]}x{grid[1]} codes; use --patch-level {_most_levels(grid)} or less, or another "
+            "--image-size"
         )
+    sides = [2 ** (patch_level - 1 - level) for level in range(patch_level)]
     ends = [int(epochs * epoch_rate ** (patch_level - 1 - level)) for level in range(patch_level)]
     for level, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if end <= start:
@@ -96,7 +96,7 @@ def own_schedule(
 
     Raises `ValueError` for a side that is no whole number or does not tile the `(height, width)` grid.
     """
-    _check_size(epochs, steps_per_epoch)
+    check_length(epochs, steps_per_epoch)
     total = epochs * steps_per_epoch
     chosen = [side_at(step, total) for step in range(total)]
     for step, side in enumerate(chosen):
@@ -106,13 +106,6 @@ def own_schedule(
     for side in np.unique(sides):
         check_patch_side(grid, int(side))
     return PatchSchedule(sides, (total,), steps_per_epoch)
-
-
-def _check_size(epochs: int, steps_per_epoch: int) -> None:
-    if steps_per_epoch < 1:
-        raise ValueError("the data must hold at least one batch; lower --global-batch-size")
-    if epochs * steps_per_epoch > MOST_STEPS:
-        raise ValueError(f"--epochs {epochs} are {epochs * steps_per_epoch:,} steps, above {MOST_STEPS:,}; lower it")
 
 
 def _most_levels(grid: tuple[int, int]) -> int:

@@ -31,7 +31,7 @@ from utils.engine.run import TrainingRun
 from utils.engine.state import Trained, seed_step
 from utils.engine.step import apply_gradients, make_adamw, set_learning_rate
 from utils.memory import require_memory
-from utils.program import UserError, run
+from utils.program import UserError, first_line, run
 from utils.settings import parse
 
 
@@ -167,7 +167,7 @@ def refuse_unfit_conditions(chosen: TrainSettings, dataset: CodeDataset) -> None
             try_conditioning(conditioning.make(args), conditions, args.cls_token_num, args.dim)
         except ValueError as error:
             given = "check --conditions and --cls-token-num" if chosen.data.conditions else "give it by --conditions"
-            raise UserError(f"--conditioning {conditioning.spelling}: {error}; {given}.") from error
+            raise UserError(f"--conditioning {conditioning.spelling}: {first_line(error)}; {given}.") from error
 
 
 def build(chosen: TrainSettings, stores: list[CodeStore], world: World) -> Trained:

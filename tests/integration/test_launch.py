@@ -18,7 +18,7 @@ from tests.processes import free_port
 from tests.tiny_training import NO_DROPOUT, command, rows, tiny_store
 from utils.files import lock_folder
 from utils.launch import Nodes, meet
-from utils.program import UserError
+from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -241,7 +241,7 @@ def test_slurm_variables_make_the_same_world(tmp_path):
         ({"NNODES": "2", "MASTER_ADDR": "no such", "NODE_RANK": "1"}, "MASTER_ADDR no such is no address"),
         ({"SLURM_JOB_NODELIST": "a[1-", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1"}, "scontrol does not name the nodes"),
         (
-            {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "1", "SLURM_LOCALID": "3"},
+            {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"},
             "starts several tasks per node; start",
         ),
         ({"PYTHON": "/nowhere/python"}, "there is no interpreter /nowhere/python"),
@@ -290,6 +290,7 @@ def test_help_is_said_once():
 
 def test_what_other_launchers_leave_in_the_environment(tmp_path):
     left = {"RANK": 3, "WORLD_SIZE": 8, "LOCAL_RANK": 3, "PYTHONOPTIMIZE": 2}
+    left |= {ERROR_MARKER: tmp_path / "left", LAUNCHER_PID: 1}
     shown = launch("some.module", **left, PYTHON=interpreter(tmp_path, "env")).stdout.splitlines()
     assert not [line for line in shown if line.split("=")[0] in left]
 

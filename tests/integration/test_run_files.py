@@ -1,6 +1,7 @@
 """The files of a run: damaged ones are named, missing ones replaced by no guess, and refusals leave nothing behind."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -38,12 +39,36 @@ def refusal(arguments, log) -> str:
     return next(line for line in log.read_text().splitlines() if "error: " in line)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b"\x89PNG\x00\xff", b'{"recipe": 7}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"\x89PNG\x00\xff",
+        b'{"recipe": 7}',
+        b'{"recipe": {}, "finished": ["a", 3]}',
+        b'{"recipe": {}, "finished": [null, [1]]}',
+        b'{"recipe": {}, "content": 7}',
+        b'{"recipe": {"epochs": "four"}}',
+    ],
+)
 def test_a_damaged_config_is_named(damage, codes, results, tmp_path):
     (results / "run/config.json").write_bytes(damage)
     sentence = refusal(command(codes, results), tmp_path / "log")
     assert f"{results}/run/config.json is damaged" in sentence
     assert "put a good copy there, or choose another --run-name" in sentence
+
+
+@pytest.mark.parametrize("place", ["config.json", "metrics.jsonl", "checkpoints/0000009.pt"])
+def test_a_pipe_in_the_place_of_a_file(place, codes, results, tmp_path):
+    path = results / "run" / place
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert f"{path} is no file" in refusal(command(codes, results), tmp_path / "log")
+
+
+def test_a_place_where_no_folder_can_be(codes, tmp_path):
+    sentence = refusal(command(codes, "/proc/results"), tmp_path / "log")
+    assert "the folder /proc/results/run cannot be made there; choose another --results-dir" in sentence
 
 
 def test_a_run_without_its_config_is_not_continued(codes, results, tmp_path):

@@ -93,7 +93,7 @@ def documented_script(arguments: list[str], output: Path) -> str:
     """The batch script of the guide for these arguments; of its resources only the number of nodes."""
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
     assert script.count(" …") == 1
-    script = re.sub(r"#SBATCH --gpus-per-node=.*\n", f"#SBATCH --output={output}\n", script)
+    script = re.sub(r"#SBATCH --gpus-per-node=.*\n", f"#SBATCH --cpus-per-task=1 --output={output}\n", script)
     return script.replace(" …", " " + " ".join(arguments))
 
 
@@ -111,6 +111,7 @@ def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
     wait_for(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), said)
     stopped = int(re.search(r"stopped by a signal after step (\d+)", output.read_text())[1])
     assert 0 < stopped < 120
+    wait_for(lambda: slurm("sinfo", "-h", "-o", "%t %D").strip() == "idle 2", said)  # nothing is left of its steps
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for a while before it starts it again
     wait_for(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), said)
     assert f"continuing {results}/run after step {stopped}" in output.read_text()

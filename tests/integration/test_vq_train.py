@@ -1,5 +1,6 @@
 """Training a tokenizer: exact resume, any world, a discriminator that starts on time, weights alone, refusals."""
 
+import json
 import os
 import shutil
 import signal
@@ -265,6 +266,8 @@ def test_dead_codes_move_onto_encoder_outputs():
     [
         ({"--image-size": 34}, "not a multiple of 4"),
         ({"--image-size": 16}, "at least 32 pixels"),
+        ({"--image-size": 2**40}, "--image-size must be at least 1 and at most 16384, got 1099511627776"),
+        ({"--epochs": 2**50}, "are 3,377,699,720,527,872 steps, above 100,000,000; lower it"),
         ({"--disc-num-layers": 4}, "at least 64 pixels"),
         ({"--disc-num-layers": 0}, "--disc-num-layers must be at least 1"),
         ({"--disc-dim": 40}, "--disc-dim must be a multiple of 16"),
@@ -320,6 +323,8 @@ def test_other_images_and_other_first_weights_are_another_run(images, alone, tmp
         expected = [2 * number]
         assert train(command(images, tmp_path / "from", more=more), output=tmp_path / "log2") == expected
     assert "with other settings: init_from (sha256 " in (tmp_path / "log2").read_text()
+    config = tmp_path / "from/run/config.json"
+    assert json.loads(config.read_text())["recipe"]["init_from"] == str(weights)  # as runs of earlier versions have it
 
 
 def test_a_training_that_diverges_is_not_trained(images, tmp_path):

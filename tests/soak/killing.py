@@ -65,7 +65,7 @@ def _killed(subject: Subject, results: Path, processes: int, duration: float, mo
     victim = moment.randrange(processes)
     seconds, then = moment.uniform(0, duration), moment.uniform(0, SECOND_BLOW)
     statuses = _wait(pids, seconds, any_failure=True)
-    blow = len(statuses) < processes
+    blow = len(statuses) < processes and not any(statuses.values())  # none has failed by itself
     if blow and pids[victim] not in statuses:
         os.kill(pids[victim], signal.SIGKILL)
         statuses |= _wait([pid for pid in pids if pid not in statuses], then)

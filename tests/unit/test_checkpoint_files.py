@@ -118,6 +118,7 @@ def test_files_of_a_killed_writer_are_swept(tmp_path):
         lambda b: b"",
         lambda b: b"x" * 99,
         lambda b: b[:900] + b"\xff\xfe" + b[902:],
+        *(lambda b, place=place: b[:place] + bytes([b[place] ^ 4]) + b[place + 1 :] for place in (-30, -60, -76)),
     ],
 )
 def test_damage_is_seen(damage, tmp_path, capsys):
@@ -127,6 +128,56 @@ def test_damage_is_seen(damage, tmp_path, capsys):
     assert not is_complete(newest)
     assert newest_complete(tmp_path) == tmp_path / "0000001.pt"
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_what_is_damaged_is_not_good_and_takes_no_place(tmp_path):
+    """Not in the number that stays, nor as what a mirror gets or `last.pt` leads to; until it is written anew."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    write(a, 1, 2, 3, 4, keep_last=4)
+    for step in (3, 4):
+        (a / f"000000{step}.pt").write_bytes(b"damaged")
+    writer = write(a, mirrors=[b])
+    assert (writer.newest, writer.good) == (a / "0000002.pt", {2})
+    assert read_checkpoint(a / "last.pt")["steps"] == read_checkpoint(b / "0000002.pt")["steps"] == 2
+    (b / "0000003.pt").write_bytes(b"a copy of the damaged one")
+    writer.save(3, STATE | {"steps": 3})
+    writer.wait()
+    assert writer.good == {2, 3}
+    assert saved_steps(a) == [2, 3, 4]
+    assert newest_complete(a) == a / "0000003.pt"
+    assert read_checkpoint(b / "0000003.pt")["steps"] == 3
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/null", path)])
+def test_what_is_no_file_is_named(make, tmp_path):
+    write(tmp_path, 1)
+    make(tmp_path / "0000009.pt")
+    with pytest.raises(UserError, match=r"0000009.pt is no file, but has a checkpoint's name; move it away"):
+        CheckpointWriter(tmp_path, [], 2, 0)
+
+
+def test_a_file_system_that_fails_does_not_make_a_checkpoint_damaged(tmp_path, monkeypatch):
+    write(tmp_path, 1, 2)
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint_files, "read_checkpoint", stale)
+    with pytest.raises(OSError, match="Stale"):
+        newest_complete(tmp_path)
+
+
+def test_a_written_checkpoint_without_its_link_is_written(tmp_path, monkeypatch, capsys):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_files, "_point_last_at", full)
+    writer = write(tmp_path / "a", 1, mirrors=[tmp_path / "b"])
+    assert writer.good == {1}
+    assert saved_steps(tmp_path / "a") == saved_steps(tmp_path / "b") == [1]
+    said = capsys.readouterr().err
+    assert said.count("0000001.pt is written, but last.pt or older checkpoints stay as they were (No space") == 2
+    assert "could not be written" not in said
 
 
 @pytest.mark.parametrize(

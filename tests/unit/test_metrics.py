@@ -59,14 +59,38 @@ def test_a_full_disk_costs_no_row(tmp_path, capsys):
         metrics.write(2, {"loss": 2.0})
         metrics.write(3, {"loss": 3.0})
         assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        assert metrics.has(2, "loss")
+        kept = metrics.state()["unwritten"]  # a checkpoint has what the disk has not
+        killed = Metrics(tmp_path / "metrics.jsonl", ALONE, 10)
+        killed.resume(3, None)
+        killed.take_up(kept)
+        assert killed.state()["unwritten"] == kept
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    metrics.state()  # the next checkpoint tries again
     metrics.write(4, {"loss": 4.0})
+    Metrics(tmp_path / "metrics.jsonl", ALONE, 10).take_up(kept)  # which are there by now: nothing happens to them
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2, 3, 4]
     assert [step for step, _ in good.rows] == [1, 2, 3, 4]
     said = capsys.readouterr().err
     assert said.count("FullDisk could not be written (No space left on device); training goes on without it") == 1
-    assert said.count("metrics.jsonl could not be written (File too large); training goes on, and its rows are") == 1
+    assert said.count("metrics.jsonl could not be written (File too large); training goes on, and its rows are") == 2
+
+
+def test_continuing_cuts_the_log_without_writing_it_anew(tmp_path):
+    """A run that a full disk has stopped must start on it."""
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    node = log.stat().st_ino
+    Metrics(log, ALONE, 10).resume(1, None)
+    assert (log.read_text(), log.stat().st_ino) == ('{"step": 1}\n', node)
+
+
+def test_a_logger_that_cannot_end_does_not_end_the_run(tmp_path, capsys):
+    logger = Recorder()
+    logger.close = lambda: FullDisk().write(1, {})
+    Metrics(tmp_path / "metrics.jsonl", ALONE, 10, [logger]).close()
+    assert "Recorder could not be written (No space left on device); what it still" in capsys.readouterr().err
 
 
 def test_an_early_row_leaves_the_next_one_as_it_would_be(tmp_path):

@@ -11,9 +11,11 @@ import threading
 import pytest
 import torch
 
+from autoregressive.models.conditioning import Conditioning, try_conditioning
 from tests.processes import fork, wait
 from utils.files import atomic_file, read_json, sha256, write_json
-from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError, end_with_launcher, run
+from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError, end_with_launcher, first_line, run
+from utils.progress import progress
 
 
 def outcome(error, tmp_path) -> tuple[int, str]:
@@ -37,6 +39,7 @@ def outcome(error, tmp_path) -> tuple[int, str]:
         (RuntimeError("No working C++ compiler found in …"), "error: torch.compile finds no C compiler; install gcc"),
         (MemoryError("Unable to allocate 9 TiB"), "error: the memory is not enough; use smaller batches"),
         (torch.OutOfMemoryError("CUDA out of memory"), "error: the GPU's memory is not enough; use smaller batches"),
+        (OSError(errno.ESTALE, "stale", "f"), "error: the disk or the network's file system fails (f); run the same"),
         (PermissionError(errno.EACCES, "no", "f"), "error: no permission to write or read (f); choose another path"),
     ],
 )
@@ -77,7 +80,9 @@ def test_a_file_size_limit(tmp_path):
             file.write(bytes(2 << 20))
 
     assert wait(fork(lambda: run(main), tmp_path / "log")) == 2
-    assert "error: a file grows larger" in (tmp_path / "log").read_text()
+    assert f"error: a file grows larger than the file system or `ulimit -f` allows ({tmp_path / 'large'}); " in (
+        (tmp_path / "log").read_text()
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
@@ -85,6 +90,25 @@ def test_bugs_keep_their_traceback(tmp_path):
     status, text = outcome(ZeroDivisionError("bug"), tmp_path)
     assert status == 1
     assert "Traceback" in text
+
+
+def test_a_sentence_begins_its_own_line(tmp_path):
+    def main():
+        bar = progress(description="training", total=12)
+        bar.update()
+        raise UserError("something is wrong.")
+
+    assert wait(fork(lambda: run(main), tmp_path / "log")) == 2
+    assert (tmp_path / "log").read_text().endswith("\nerror: something is wrong.\n")
+
+
+def test_an_error_without_words_is_named_by_its_kind():
+    assert [first_line(error) for error in (NotImplementedError(), ValueError("no.\nmore"))] == [
+        "NotImplementedError",
+        "no",
+    ]
+    with pytest.raises(ValueError, match=r"does not take single torch.float32 .* \(NotImplementedError\)"):
+        try_conditioning(Conditioning(), torch.zeros(2), 1, 4)
 
 
 def test_interruption(tmp_path):

@@ -89,14 +89,15 @@ def test_a_bit_anywhere_is_seen_or_does_not_matter(tmp_path):
     path, weights = tmp_path / "c2i.pt", torch.arange(3.0)
     torch.save({"w": weights}, path)
     content = path.read_bytes()
-    for place in range(len(content)):
+    directory = content.index(b"PK\1\2")
+    for place in (*range(0, directory, 11), *range(directory, len(content), 2)):
         damaged = bytearray(content)
-        damaged[place] ^= 1 << place % 8
+        damaged[place] ^= 1 << place // 2 % 8
         path.write_bytes(damaged)
         try:
             assert torch.equal(read_checkpoint(path)["w"], weights)
         except UserError as refusal:
-            assert str(path) in str(refusal)
+            assert str(path) in str(refusal)  # noqa: PT017 - it need not be refused
 
 
 def test_an_archive_is_verified_once_unless_it_changes(archive, monkeypatch):

@@ -18,7 +18,7 @@ from tokenizer.tokenizer_image.vq_loss import LossSettings, PatchDiscriminator, 
 from tokenizer.tokenizer_image.vq_model import VectorQuantizer, VQ_models, VQModel
 from utils.checkpoint import fingerprint
 from utils.distributed import World
-from utils.engine.learning_rate import LearningRate, LearningRateSettings
+from utils.engine.learning_rate import LearningRate, LearningRateSettings, check_length
 from utils.engine.parallel import bare, distribute
 from utils.engine.run import RunSettings
 from utils.engine.state import EMASettings, Trained
@@ -26,6 +26,8 @@ from utils.engine.step import StepSettings, make_adamw
 from utils.memory import require_memory
 from utils.program import UserError
 from utils.settings import REQUIRED, SettingError, option, recipe, settings, with_defaults
+
+MOST_PIXELS = 16_384  # per side: one crop of 0.8 GB
 
 
 @settings("model")
@@ -70,7 +72,7 @@ class VQDataSettings:
     dataset: str = option("imagenet", "accepted as published: any folder of classes", choices=("imagenet",))
     val_data_path: str | None = option(None, "image folder of held-out images: PSNR and SSIM while training")
     val_every: int = option(5000, "steps between validations", at_least=1)
-    image_size: int = recipe(256, "pixels per side of the random crops", at_least=1)
+    image_size: int = recipe(256, "pixels per side of the random crops", at_least=1, at_most=MOST_PIXELS)
     mirror: bool = recipe(True, "mirror half of the crops; not for digits or text")
     num_workers: int = option(16, "decoding processes per rank, at most its share of the cores; 0: none", at_least=0)
 
@@ -118,6 +120,7 @@ class VQTrainSettings:
                 f"{self.data.data_path}; a batch must fit the data."
             )
         try:
+            check_length(self.epochs, steps_per_epoch)
             return LearningRate(self.learning_rate, [self.epochs * steps_per_epoch], steps_per_epoch)
         except ValueError as error:
             raise UserError(f"{error}.") from error
@@ -198,18 +201,20 @@ def _adamw(settings: VQTrainSettings, module: nn.Module) -> torch.optim.Optimize
 
 def data_of(settings: VQTrainSettings, tokenizer: Trained, identity: str, folder: ImageFolder) -> dict:
     """What the settings leave open and changes the result: it identifies the run together with them."""
-    weights = settings.model.initial_weights
-    initial = f"sha256 {fingerprint(find_weights(weights))}" if weights else None
-    resolved = {"vq_model": identity, "init_from": initial, "images": len(folder)}
+    resolved = {"vq_model": identity, "init_from": settings.model.initial_weights, "images": len(folder)}
     return resolved | sizes_of(bare(tokenizer.module))
 
 
-def content_of(folder: ImageFolder) -> dict:
-    """What tells image folders of the same size apart: a hash of the images' paths below the folder."""
+def content_of(settings: VQTrainSettings, folder: ImageFolder) -> dict:
+    """What tells image folders of the same size apart, a hash of the images' paths below the folder; and the weights
+    that a file of the same name holds.
+    """
     paths = hashlib.sha256()
     for path in folder.paths:
         paths.update(os.fsencode(path) + b"\0")
-    return {"image list": paths.hexdigest()[:16]}
+    weights = settings.model.initial_weights
+    initial = {"init_from": f"sha256 {fingerprint(find_weights(weights))}"} if weights else {}
+    return {"image list": paths.hexdigest()[:16]} | initial
 
 
 def config_of(settings: VQTrainSettings, tokenizer: Trained, identity: str) -> dict:

@@ -57,7 +57,7 @@ def main() -> None:
         world=world,
         model_name=short_name(settings.model.vq_model),
         data=data_of(settings, tokenizer, identity, folder),
-        content=content_of(folder),
+        content=content_of(settings, folder),
         config=config_of(settings, tokenizer, identity),
         parts=[tokenizer] if discriminator is None else [tokenizer, discriminator],
         milestones=[total_steps] if discriminator is None else [settings.loss.disc_start, total_steps],

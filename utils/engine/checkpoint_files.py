@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 
+from utils.checkpoint import read_checkpoint
 from utils.files import atomic_file, sweep, warn_unwritten
 from utils.program import UserError
-from utils.weight_files import verify_archive
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -21,11 +22,14 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether every byte of a checkpoint is as it was written (the archive's own checksums)."""
+    """Whether every byte of a checkpoint is as it was written, and PyTorch reads it (as a memory map).
+
+    Raises `OSError` where the file system fails, which says nothing of the file.
+    """
     try:
-        verify_archive(path)
+        read_checkpoint(path)
         return True
-    except (UserError, OSError):
+    except UserError:
         return False
 
 
@@ -49,7 +53,8 @@ class CheckpointWriter:
 
     `last.pt` is a symlink to the newest. Keeps the newest `keep_last`, those younger than `keep_hours`, and the steps
     for which `keep_forever` is true. `mirrors` are further folders that get a copy. A write that fails (a full disk, a
-    quota, a file-size limit) warns, and training goes on with the last good file.
+    quota, a file-size limit) warns, and training goes on with the last good file. `newest` is the newest undamaged
+    checkpoint that was there before, `good` the steps of those that are known to be whole.
     """
 
     def __init__(
@@ -69,10 +74,14 @@ class CheckpointWriter:
             if not there.is_dir():
                 raise UserError(f"checkpoints cannot go into {each}: {there} is no folder; name another path.")
             sweep(each)
-            for step in saved_steps(each)[-1:]:  # a run may be killed after a checkpoint and before what follows it
-                _point_last_at(checkpoint_path(each, step))
-        for step in saved_steps(folder)[-1:]:
-            self._start(partial(self._copy_to_mirrors, step))
+            for step in saved_steps(each):
+                if not (path := checkpoint_path(each, step)).is_file():
+                    raise UserError(f"{path} is no file, but has a checkpoint's name; move it away.")
+        self.newest = newest_complete(self.folders[0])
+        self.good = set() if self.newest is None else {int(self.newest.stem)}
+        if self.newest is not None:  # a run may be killed after a checkpoint and before what follows it
+            self._bring_up_to_date(self.newest)
+            self._start(partial(self._copy_to_mirrors, int(self.newest.stem), missing_only=True))
 
     def save(self, step: int, state: dict) -> None:
         """Start writing `state` as the checkpoint of `step`; waits for the one before it."""
@@ -100,13 +109,19 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: dict) -> None:
         if self._write_to(self.folders[0], step, lambda file: torch.save(state, file)):
+            self.good.add(step)
             self._copy_to_mirrors(step)
 
-    def _copy_to_mirrors(self, step: int) -> None:
+    def _copy_to_mirrors(self, step: int, missing_only: bool = False) -> None:
+        def copy(file: IO) -> None:
+            with open(checkpoint_path(self.folders[0], step), "rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+
         for mirror in self.folders[1:]:
-            if not checkpoint_path(mirror, step).exists():
-                with open(checkpoint_path(self.folders[0], step), "rb") as source:
-                    self._write_to(mirror, step, lambda file, source=source: shutil.copyfileobj(source, file, 1 << 20))
+            if missing_only and checkpoint_path(mirror, step).exists():
+                self._bring_up_to_date(checkpoint_path(mirror, step))
+            else:
+                self._write_to(mirror, step, copy)
 
     def _write_to(self, folder: Path, step: int, write: Callable) -> bool:
         """Whether the file was written; if not, for want of space or of the file system, a warning has been given."""
@@ -114,18 +129,31 @@ class CheckpointWriter:
         try:
             with atomic_file(path) as file:
                 write(file)
-            _point_last_at(path)
-            self._prune(folder)
-            return True
         except OSError as error:
             warn_unwritten(
                 path, error, "training goes on and tries again at the next checkpoint; the last good one stays"
             )
             return False
+        self._bring_up_to_date(path)
+        return True
 
-    def _prune(self, folder: Path) -> None:
-        for step in saved_steps(folder)[: -self.keep_last]:
-            path = checkpoint_path(folder, step)
+    def _bring_up_to_date(self, newest: Path) -> None:
+        """`last.pt` and the older checkpoints beside `newest`."""
+        try:
+            _point_last_at(newest)
+            self._prune(newest)
+        except OSError as error:
+            print(
+                f"warning: {newest} is written, but last.pt or older checkpoints stay as they were "
+                f"({error.strerror or error}); training goes on.",
+                file=sys.stderr,
+            )
+
+    def _prune(self, newest: Path) -> None:
+        """Remove old checkpoints; of those after `newest`, which are damaged, none stands for a good one."""
+        steps = [step for step in saved_steps(newest.parent) if step <= int(newest.stem)]
+        for step in steps[: -self.keep_last]:
+            path = checkpoint_path(newest.parent, step)
             young = time.time() - os.path.getmtime(path) < self.keep_hours * 3600
             if not young and not self.keep_forever(step):
                 path.unlink()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from utils.settings import recipe, settings
 
+MOST_STEPS = 10**8  # a patch schedule keeps a number for each: 0.8 GB
+
 
 @settings("learning rate")
 class LearningRateSettings:
@@ -16,6 +18,14 @@ class LearningRateSettings:
     warmup_epochs: float = recipe(1.0, "epochs of linear warm-up in each stage", at_least=0)
     decay_ratio: float = recipe(0.2, "share of each stage that decays to --end-lr", at_least=0, at_most=1)
     end_lr: float = recipe(1e-5, "learning rate at the end of each stage", at_least=0)
+
+
+def check_length(epochs: int, steps_per_epoch: int) -> None:
+    """Raise `ValueError`, naming the flag, for no step at all, and for more than any training has."""
+    if steps_per_epoch < 1:
+        raise ValueError("the data must hold at least one batch; lower --global-batch-size")
+    if epochs * steps_per_epoch > MOST_STEPS:
+        raise ValueError(f"--epochs {epochs} are {epochs * steps_per_epoch:,} steps, above {MOST_STEPS:,}; lower it")
 
 
 def warmup_constant_decay(

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 
 from utils.distributed import World
 from utils.files import append, atomic_file, warn_unwritten
-from utils.program import UserError
+from utils.program import UserError, first_line
 from utils.progress import progress
 
 ROW_BEGINS = '{"step": '
@@ -57,9 +58,9 @@ class WandbLogger:
         try:
             self._run = wandb.init(**which, config=config)
         except Exception as error:  # no login, no network: errors of its own kinds
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(
-                f"--wandb: Weights & Biases does not start ({reason}); run `wandb login`, or set WANDB_MODE=offline."
+                f"--wandb: Weights & Biases does not start ({first_line(error)}); run `wandb login`, or set "
+                "WANDB_MODE=offline."
             ) from error
         self._run.define_metric("*", step_metric="step")  # W&B's own step may not go back, as a continued run does
 
@@ -86,6 +87,8 @@ class Metrics:
         )
         self._loggers = list(loggers)
         self._unwritten, self._refused = "", False  # rows that a full disk has not taken yet
+        if world.is_main and self.path.exists() and not self.path.is_file():
+            raise UserError(f"{self.path} is no file, but the run's log belongs there; move it away.")
 
     def resume(self, step: int, state: dict | None) -> None:
         """Continue after `step`: forget rows that will be written again, take up the sums since the last one."""
@@ -95,15 +98,26 @@ class Metrics:
             self._counts = dict(state.get("counts") or dict.fromkeys(self._sums, state.get("steps")))
         if self.world.is_main and self.path.exists():
             lines = self._lines()
-            kept = [line for line in lines if row_of(line)["step"] <= step]
-            if "".join(kept).encode() != self.path.read_bytes():
-                with atomic_file(self.path, "w") as file:
-                    file.writelines(kept)
+            kept = "".join(line for line in lines if row_of(line)["step"] <= step).encode()
+            there = self.path.read_bytes()
+            if there != kept and there.startswith(kept):
+                os.truncate(self.path, len(kept))  # which a full disk allows
+            elif there != kept:
+                with atomic_file(self.path) as file:
+                    file.write(kept)
+
+    def take_up(self, rows: str) -> None:
+        """Append those of the rows that a checkpoint holds (main rank): no disk had taken them when it was written."""
+        there = set(self._lines())
+        self._unwritten += "".join(row for row in rows.splitlines(keepends=True) if row not in there)
+        self._write_rows()
 
     def state(self) -> dict:
         """For a checkpoint: every rank must call it."""
+        self._write_rows()
         sums = {name: value.cpu() for name, value in self._sums.items()}
-        return {"sums": dict(enumerate(self.world.gather(sums))), "counts": dict(self._counts)}
+        state = {"sums": dict(enumerate(self.world.gather(sums))), "counts": dict(self._counts)}
+        return state | {"unwritten": self._unwritten}
 
     def add(self, **values: torch.Tensor) -> None:
         """Add one step's values on the device; nothing waits for them. Not-finite values count as they are.
@@ -164,7 +178,9 @@ class Metrics:
                 self._loggers.remove(logger)
 
     def _write_rows(self) -> None:
-        """Append the rows that are not on the disk yet; where it takes none, they wait for the next one."""
+        """Append the rows that are not on the disk yet; where it takes none, they wait for the next time."""
+        if not self._unwritten:
+            return
         try:
             append(self.path, self._unwritten)
             self._unwritten, self._refused = "", False
@@ -179,7 +195,7 @@ class Metrics:
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether a row of `step` holds a value whose name begins with `prefix` (main rank)."""
-        rows = map(row_of, self._lines())
+        rows = map(row_of, [*self._lines(), *self._unwritten.splitlines()])
         return any(row["step"] == step and any(name.startswith(prefix) for name in row) for row in rows)
 
     def _lines(self) -> list[str]:
@@ -210,10 +226,12 @@ class Metrics:
 
     def close(self) -> None:
         self._bar.close()
-        if self._unwritten:
-            self._write_rows()
+        self._write_rows()
         for logger in self._loggers:
-            logger.close()
+            try:
+                logger.close()
+            except OSError as error:
+                warn_unwritten(type(logger).__name__, error, "what it still held is lost; metrics.jsonl has it")
 
 
 def row_of(line: str) -> dict | None:

@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 
 from utils.checkpoint import read_checkpoint
 from utils.distributed import World
-from utils.engine.checkpoint_files import CheckpointWriter, checkpoint_path, newest_complete, saved_steps
+from utils.engine.checkpoint_files import CheckpointWriter, checkpoint_path, saved_steps
 from utils.engine.metrics import Logger, Metrics, TensorBoardLogger, WandbLogger
 from utils.engine.run_folder import RunFolder, RunIdentity, default_run_name
 from utils.engine.state import Trained, averages_record, capture_state, own_weights, restore_state
@@ -161,6 +161,8 @@ class TrainingRun:
         progress = self.world.broadcast(progress)
         same_world = progress["metrics"] and len(progress["metrics"]["sums"]) == self.world.size
         self.metrics.resume(progress["steps"], progress["metrics"] if same_world else None)
+        if self.world.is_main and path.parent == self.folder.checkpoints:
+            self.metrics.take_up((progress["metrics"] or {}).get("unwritten", ""))
         self._skipped += torch.tensor(progress["skipped_steps"], device=self.world.device)
         self._logged_regularly = progress["steps"] >= self.settings.log_every
         self.scaler.load_state_dict(progress["scaler"])
@@ -198,7 +200,10 @@ class TrainingRun:
         return in_a_row
 
     def save(self, steps_done: int) -> None:
-        """Copy the state and write it in the background; every rank must call it."""
+        """Copy the state, and the rows that the log could not take, and write them in the background.
+
+        Every rank must call it.
+        """
         state = capture_state(self.parts, self.world)
         state |= {"metrics": self.metrics.state(), "skipped_steps": self._skipped.tolist()}
         state["scaler"] = self.scaler.state_dict()
@@ -225,7 +230,7 @@ class TrainingRun:
         path = self._finish_at(self.total_steps)
         self._refuse_what_has_diverged()
         if self.world.is_main:
-            self.folder.note_finished(self.total_steps)
+            self._note_finished()
         self.metrics.close()
         shares = [part.ema.share_of_beginning for part in self.parts if part.ema is not None]
         if self.world.is_main and max(shares, default=0) > 0.01:
@@ -236,30 +241,38 @@ class TrainingRun:
             )
         return path
 
+    def _note_finished(self) -> None:
+        try:
+            self.folder.note_finished(self.total_steps)
+        except OSError as error:
+            then = "before --epochs can be raised, the same command must have noted there that the run has ended"
+            warn_unwritten(self.folder.path / "config.json", error, then)
+
     def _refuse_what_has_diverged(self) -> None:
         """Weights that are not finite, or none learned any more: of a short run, too."""
         spoiled = [not weight.isfinite().all() for part in self.parts for weight in own_weights(part.module)]
         if self.world.sum(torch.tensor(float(any(spoiled)))):
-            raise UserError(f"the weights are no finite numbers any more, training has diverged; {self._remedy}.")
+            self._refuse(f"the weights are no finite numbers any more, training has diverged; {self._remedy}.")
         self._stop_if_diverged(int(self._skipped[1]), min(LAST_STEPS, -(-self.total_steps // 2)))
 
     def _finish_at(self, steps_done: int) -> Path:
         path = checkpoint_path(self.folder.checkpoints, steps_done)
-        if not self._is_written(path):
+        if not self._is_written(steps_done):
             self.save(steps_done)  # once more
-        if not self._is_written(path):
-            raise UserError(
+        if not self._is_written(steps_done):
+            self._refuse(
                 f"the last checkpoint {path} could not be written; free some space and run the same command again."
             )
         return path
 
-    def _is_written(self, path: Path) -> bool:
+    def _is_written(self, steps_done: int) -> bool:
+        """Whether the checkpoint is on the disk and whole; a damaged file of its name may lie there, too."""
         if self._writer is not None:
             self._writer.wait()
-        return self.world.broadcast(path.exists())
+        return self.world.broadcast(self._writer is not None and steps_done in self._writer.good)
 
     def _checkpoint_to_resume(self) -> Path | None:
-        own = newest_complete(self.folder.checkpoints)
+        own = self._writer.newest
         if own is None and saved_steps(self.folder.checkpoints):
             raise UserError(
                 f"every checkpoint in {self.folder.checkpoints} is damaged; remove them to start anew, "
@@ -306,9 +319,14 @@ class TrainingRun:
 
     def _stop_if_diverged(self, skipped: int, allowed: int) -> None:
         if skipped >= allowed:
-            raise UserError(
+            self._refuse(
                 f"the gradients of {skipped} steps in a row were not finite, training has diverged; {self._remedy}."
             )
+
+    def _refuse(self, sentence: str) -> NoReturn:
+        """Raise `UserError`; the log has got what it can."""
+        self.metrics.close()
+        raise UserError(sentence)
 
     @property
     def _remedy(self) -> str:

@@ -95,10 +95,14 @@ class RunFolder:
 
     def _make(self) -> bool:
         """Whether this process has made the folder, and not another one that starts at the same time."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
             return True
+        except FileNotFoundError as error:  # as /proc says it
+            raise UserError(
+                f"the folder {self.path} cannot be made there; choose another --results-dir or --cloud-save-path."
+            ) from error
         except FileExistsError:
             if not self.path.is_dir():
                 raise
@@ -136,7 +140,10 @@ class RunFolder:
     def _read_config(self) -> dict:
         remedy = "put a good copy there, or choose another --run-name"
         config = read_json(self.path / "config.json", remedy, "recipe")
-        if not isinstance(config["recipe"], dict) or not isinstance(config.get("finished", []), list):
+        kinds = {"recipe": dict, "content": dict, "finished": list}
+        sound = all(isinstance(config.get(name, kind()), kind) for name, kind in kinds.items())
+        sound = sound and all(type(step) is int for step in config.get("finished", []))
+        if not sound or type(config["recipe"].get(RAISABLE, 1)) is not int:
             raise UserError(f"{self.path}/config.json is damaged; {remedy}.")
         return config
 
