@@ -1,7 +1,7 @@
 """Whether a store can be learned from: checksums, and the range of codes and labels; looked through once, remembered.
 
 A store that was found sound is noted in `{STORE}.checked.json` beside it, with the sizes and times of its files (of the
-published layout those of its two folders: its files are checked again as they are read).
+published layout those of its two folders: its files are compared with these ranges again as they are read).
 """
 
 import os
@@ -57,6 +57,11 @@ def file_problems(store: CodeStore, names: Sequence[str] | None = None, show: bo
     return problems
 
 
+def in_short(problems: list[str]) -> list[str]:
+    """Two problems, or the first and how many others there are."""
+    return problems if len(problems) < 3 else [problems[0], f"{len(problems) - 1:,} more problems"]
+
+
 def listed_files(store: CodeStore) -> dict[str, str]:
     """SHA-256 of the store's files by name, as far as `meta.json` says."""
     shards = store.meta.shards if store.meta.layout == PACKED else []
@@ -76,12 +81,13 @@ def refuse_unsound(store: CodeStore, codebook_size: int | None, num_classes: int
         extent = _look_through(store, world)
         if world.is_main and not problems:
             _note(store, extent)
-    problems += extent.problems(codebook_size, num_classes)
+    problems = in_short(problems) + extent.problems(codebook_size, num_classes)
     if problems:
         raise UserError(
             f"{store.path} cannot be learned from: {'; '.join(problems)}; copy or extract it again, or give the "
             "--vocab-size and --num-classes it was made with."
         )
+    store.expect(codebook_size, num_classes)
 
 
 def _look_through(store: CodeStore, world: World) -> Extent:
@@ -103,23 +109,26 @@ def _note_path(store: CodeStore) -> Path:
 
 
 def _state(store: CodeStore) -> dict[str, Any]:
-    """Sizes and times (ns) of what a change of the store changes."""
+    """Sizes and times (ns) of what a change of the store changes; a copy may keep all but the last of them."""
     if store.meta.layout == PACKED:
         places = [store.path / name for name in (META_FILE, LABELS_FILE, *listed_files(store))]
     else:
         places = [store.path, published_labels_path(store.path)]
-    return {place.name: [(status := os.stat(place)).st_size, status.st_mtime_ns] for place in places}
+    states = ((place.name, os.stat(place)) for place in places)
+    return {name: [state.st_size, state.st_mtime_ns, state.st_ctime_ns] for name, state in states}
 
 
 def _noted(store: CodeStore) -> Extent | None:
     """What was found before, if nothing has changed since."""
     try:
         note = read_json(_note_path(store), "")
-        return Extent(**note["extent"]) if note["state"] == _state(store) else None
+        extent = Extent(**note["extent"])
+        sound = note["state"] == _state(store) and all(isinstance(value, int) for value in asdict(extent).values())
+        return extent if sound else None
     except (OSError, UserError, KeyError, TypeError):  # no note, a garbled one, or one of another version
         return None
 
 
 def _note(store: CodeStore, extent: Extent) -> None:
-    with suppress(OSError):  # nobody but its owner may write beside the store: it is looked through every time
+    with suppress(OSError, UserError):  # nobody may write it there: the store is looked through every time
         write_json(_note_path(store), {"extent": asdict(extent), "state": _state(store)})

@@ -131,6 +131,9 @@ class CodeStore:
         file = self.path / PLACES_FILE
         return read_json(file, "remove it; it only says where things lay") if file.exists() else {}
 
+    def expect(self, codebook_size: int | None, num_classes: int | None) -> None:
+        """What numbers codes and labels stay below, for files that are first looked at when they are read."""
+
     def _checked(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images, crops = np.asarray(images, np.int64), np.asarray(crops, np.int64)
         for name, values, size in (("image", images, self.meta.count), ("crop", crops, self.meta.crops)):
@@ -145,19 +148,24 @@ class PublishedStore(CodeStore):
     def __init__(self, path: Path, meta: StoreMeta):
         self.path, self.meta = path, meta
         self.labels_path = published_labels_path(path)
+        self._most_codes, self._most_classes = meta.codebook_size or MOST_CODES, meta.num_classes or MOST_CLASSES
         if not self.labels_path.is_dir():
             raise UserError(f"{path} has no labels beside it; expected the folder {self.labels_path}.")
+
+    def expect(self, codebook_size: int | None, num_classes: int | None) -> None:
+        self._most_codes = min(self._most_codes, codebook_size or MOST_CODES)
+        self._most_classes = min(self._most_classes, num_classes or MOST_CLASSES)
 
     @cached_property
     def labels(self) -> np.ndarray:
         return self.labels_of(np.arange(self.meta.count)).astype(np.int32)
 
     def labels_of(self, images: np.ndarray) -> np.ndarray:
-        most = self.meta.num_classes or MOST_CLASSES
+        most = self._most_classes
         return np.array([_read_array(self.labels_path / f"{image}.npy", (1,), most)[0] for image in images], np.int64)
 
     def block(self, start: int, stop: int) -> np.ndarray:
-        shape, most = (1, self.meta.crops, self.meta.tokens), self.meta.codebook_size or MOST_CODES
+        shape, most = (1, self.meta.crops, self.meta.tokens), self._most_codes
         files = [_read_array(self.path / f"{image}.npy", shape, most) for image in range(start, stop)]
         return np.concatenate(files).astype(self.meta.dtype)
 
@@ -275,7 +283,10 @@ def _wrong_fields(meta: StoreMeta) -> list[str]:
         "tokenizer": isinstance(meta.tokenizer, dict),
         "files": isinstance(meta.files, dict),
         "settings": isinstance(meta.settings, dict),
-        "shards": all(isinstance(shard["file"], str) and is_number(shard["count"]) for shard in meta.shards),
+        "shards": all(
+            isinstance(shard["file"], str) and isinstance(shard["sha256"], str) and is_number(shard["count"])
+            for shard in meta.shards
+        ),
     }
     return [name for name, is_fine in fine.items() if not is_fine]
 

@@ -11,6 +11,7 @@ import numpy as np
 import PIL
 import torch
 
+from dataset.arrays import load_array
 from dataset.code_store import (
     BLOCK_IMAGES,
     IMAGES_FILE,
@@ -141,7 +142,10 @@ def write_published(folder: Path, store: CodeStore) -> None:
 
 def _holds_labels(labels_path: Path, labels: np.ndarray) -> bool:
     files = (labels_path / f"{image}.npy" for image in range(len(labels)))
-    return all(file.is_file() and np.load(file)[0] == label for file, label in zip(files, labels, strict=True))
+    try:
+        return all(load_array(file).tolist() == [label] for file, label in zip(files, labels, strict=True))
+    except (FileNotFoundError, ValueError):  # missing, or damaged
+        return False
 
 
 def _free_partial_folder(folder: Path) -> Path:

@@ -9,8 +9,6 @@ written last, and the folder takes its final name.
 import hashlib
 import os
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,7 +17,7 @@ from typing import IO
 
 import numpy as np
 
-from dataset.arrays import DAMAGED
+from dataset.arrays import archive_read
 from dataset.code_store import (
     IMAGES_FILE,
     META_FILE,
@@ -114,7 +112,8 @@ class Job:
             )
         images, reasons = np.array([image for image, _ in bad], np.int64), np.array([reason for _, reason in bad], str)
         with atomic_file(self.block_path(block)) as file:
-            np.savez(file, codes=codes.astype(self.meta.dtype), bad_images=images, bad_reasons=reasons)
+            codes = codes.astype(self.meta.dtype)
+            np.savez(file, codes=codes, bad_images=images, bad_reasons=reasons, block=np.array(block))
 
     def bad_images(self) -> list[tuple[int, str]]:
         """(image, reason) of every unreadable image met so far, in order."""
@@ -160,30 +159,34 @@ class Job:
         """Remove the finished blocks that are not as they were written; how many."""
         pending, damaged = set(self.pending_blocks()), 0
         for block in self.blocks:
-            if block not in pending and not _is_intact(self.block_path(block)):
+            if block not in pending and not self._is_intact(block):
                 self.block_path(block).unlink()
                 damaged += 1
         return damaged
 
+    def _is_intact(self, block: int) -> bool:
+        """Whether the file has the checksums with which it was written, and is that of this block."""
+        path, images = self.block_path(block), len(self.images_of(block))
+        try:
+            with archive_read(), np.load(path, allow_pickle=False) as arrays:
+                whole = arrays.zip.testzip() is None
+                codes, bad, reasons = (arrays[name] for name in ("codes", "bad_images", "bad_reasons"))
+                number = arrays.get("block", block)  # which earlier versions did not write
+                fits = codes.shape == (images - len(bad), self.meta.crops, self.meta.tokens) and number == block
+                return whole and bool(fits) and codes.dtype == self.meta.dtype and len(reasons) == len(bad)
+        except ValueError:
+            return False
+
     def _read_block(self, block: int, name: str) -> np.ndarray:
         path = self.block_path(block)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with archive_read(), np.load(path, allow_pickle=False) as arrays:
                 return arrays[name]
-        except (*DAMAGED, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        except ValueError as error:
             path.unlink(missing_ok=True)
             raise UserError(
                 f"{path} was damaged on the disk; run the same command again, which encodes its images anew."
             ) from error
-
-
-def _is_intact(archive: Path) -> bool:
-    """Whether every member has the checksum with which it was written."""
-    try:
-        with zipfile.ZipFile(archive) as members:
-            return members.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
-        return False
 
 
 def list_hash(sources: list[tuple[str, int]]) -> str:
@@ -222,17 +225,23 @@ def _start_or_resume(job: Job, images: ImageFolder, sources: list[tuple[str, int
     plan = job.work / "plan.json"
     mine = {**job.meta.settings, "block_images": job.block_images, "blocks_per_shard": job.blocks_per_shard}
     if not plan.exists():
+        _forget_blocks(job)
         write_lines(job.sources_path, sources)
         write_json(plan, mine)
         return
+    there = read_json(plan, f"remove {job.partial} to start anew", "image_list")
+    before = _sources_then(job, there["image_list"])
+    if there["image_list"] != mine["image_list"]:
+        _refuse_other_images(job, before, sources)
+    _refuse_other_settings(job.partial, there, mine)
     if damaged := job.forget_damaged_blocks():
         print(f"{damaged:,} finished blocks in {job.work} were damaged on the disk; their images are encoded again")
-    there = read_json(plan, f"remove {job.partial} to start anew", "image_list")
-    if there["image_list"] != mine["image_list"]:
-        _refuse_other_images(job, sources)
-    _refuse_other_settings(job.partial, there, mine)
     bad = job.bad_images()
-    _accept_changed_images(job, sources, dict(bad))
+    if before is None:
+        print(f"note: {job.sources_path} was lost or damaged; whether images have changed since is not known")
+        write_lines(job.sources_path, sources)
+    else:
+        _accept_changed_images(job, before, sources, dict(bad))
     for image, _ in bad:
         with suppress(UnreadableImage):
             load_rgb(images.path(image))  # it has been repaired (its size may be the same): once more
@@ -246,20 +255,41 @@ def _refuse_other_settings(folder: Path, there: dict, here: dict) -> None:
     refuse_differences(f"{folder} was extracted", there, here, remedy)
 
 
-def _refuse_other_images(job: Job, sources: list[tuple[str, int]]) -> None:
-    there, now = ({path for path, _ in listed} for listed in (read_sources(job.sources_path), sources))
+def _forget_blocks(job: Job) -> None:
+    """Nothing says of which images and settings they are."""
+    blocks = list(job.work.glob("block-*.npz"))
+    for block in blocks:
+        block.unlink()
+    if blocks:
+        print(f"{job.work} has lost its plan.json; its {len(blocks):,} finished blocks are encoded again")
+
+
+def _sources_then(job: Job, image_list: str) -> list[tuple[str, int]] | None:
+    """The images with which the job was begun; None where their list is lost, or is not the plan's."""
+    try:
+        before = read_sources(job.sources_path)
+    except (UserError, FileNotFoundError):
+        return None
+    return before if list_hash(before) == image_list else None
+
+
+def _refuse_other_images(job: Job, before: list[tuple[str, int]] | None, sources: list[tuple[str, int]]) -> None:
+    there, now = ({path for path, _ in listed} for listed in (before or sources, sources))
     added, removed = now - there, there - now
     changes = [f"{len(added)} added, such as {min(added)}"] if added else []
     changes += [f"{len(removed)} removed, such as {min(removed)}"] if removed else []
+    details = f" ({'; '.join(changes)})" if changes else ""
     raise UserError(
-        f"the images are not those with which {job.partial} was begun ({'; '.join(changes)}); "
+        f"the images are not those with which {job.partial} was begun{details}; "
         "restore them, or remove that folder to start anew."
     )
 
 
-def _accept_changed_images(job: Job, sources: list[tuple[str, int]], bad: dict[int, str]) -> None:
+def _accept_changed_images(
+    job: Job, before: list[tuple[str, int]], sources: list[tuple[str, int]], bad: dict[int, str]
+) -> None:
     """An image may change until it is encoded, and while it cannot be read."""
-    before, pending = read_sources(job.sources_path), set(job.pending_blocks())
+    pending = set(job.pending_blocks())
     changed = [image for image, (old, new) in enumerate(zip(before, sources, strict=True)) if old != new]
     encoded = [image for image in changed if image not in bad and image // job.block_images not in pending]
     if encoded:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.arrays import archive_read
 from dataset.image_tree import EXTENSIONS, Remarks, is_hidden, is_image
 from utils.program import UserError
 
@@ -118,14 +119,15 @@ def list_archives(archives: Sequence[Path]) -> tuple[list[str], list[str], list[
 def _with_classes(archive: Path, remarks: Remarks) -> Iterator[tuple[str, ArchivedImage, bool]]:
     """(path that begins with the class, place, whether the class stands in a file) of every image."""
     try:
-        members = list(_members(archive, remarks))
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        with archive_read():
+            members = list(_members(archive, remarks))
+            classes = {
+                _key(place.name): place.open().read().decode(errors="replace").strip()
+                for place in members
+                if place.name.endswith(".cls")
+            }
+    except ValueError as error:
         raise UserError(f"{archive} is damaged or no {archive.suffix} ({error}); copy it again.") from error
-    classes = {
-        _key(place.name): place.open().read().decode(errors="replace").strip()
-        for place in members
-        if place.name.endswith(".cls")
-    }
     for place in members:
         name = place.name
         if not is_image(name):

@@ -4,6 +4,7 @@ Which image, which crop and whether mirrored follow from (seed, epoch, image) al
 matter, and resuming is starting at another step number.
 """
 
+import atexit
 import errno
 import os
 import signal
@@ -11,14 +12,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import Lock, active_children
+from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from threading import Thread, current_thread, main_thread
+from traceback import walk_tb
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dataset.crops import center_crop, random_crop_and_flip
 from dataset.image_folder import ImageFolder, UnreadableImage, load_rgb
@@ -73,7 +77,7 @@ def _center_crops(folder: ImageFolder, size: int, images: range) -> tuple[int, t
 
 
 class _Made(Dataset):
-    """Item `batch` is `make(batch)`, or the `UnreadableImage` raised: workers do not keep an exception's type."""
+    """Item `batch` is `make(batch)`, or the error raised: workers keep neither our types nor the system's numbers."""
 
     def __init__(self, make: Callable):
         self.make = make
@@ -81,7 +85,7 @@ class _Made(Dataset):
     def __getitem__(self, batch):
         try:
             return self.make(batch)
-        except UnreadableImage as error:
+        except (UnreadableImage, OSError) as error:
             return error
 
 
@@ -90,22 +94,33 @@ def loaded(make: Callable, batches: Iterable, workers: int, world: World) -> Ite
 
     Raises `UserError` where a worker cannot start or is killed.
     """
+    count = _worker_count(workers)
     loader = DataLoader(
         _Made(make),
         sampler=batches,
         batch_size=None,
-        num_workers=_worker_count(workers),
+        num_workers=count,
+        multiprocessing_context="fork" if count else None,  # whose workers are children of the rank, with all it holds
         pin_memory=world.device.type == "cuda",
         worker_init_fn=partial(_prepare_worker, os.getpid()),
     )
     with _workers_watched(loader) as made:
         for batch in made:
-            if isinstance(batch, UnreadableImage):
+            if isinstance(batch, UnreadableImage | OSError):
                 raise batch
             yield batch
 
 
 _watched: set[BaseProcess] = set()
+_started_here: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """An error's traceback keeps its loader, hence workers: Python would end them by SIGTERM, which they ignore."""
+    _watched.clear()
+    for worker in _started_here:
+        worker.kill()
 
 
 @contextmanager
@@ -115,6 +130,7 @@ def _workers_watched(loader: DataLoader) -> Iterator[Iterator]:
     made = _started(loader)
     workers = set(active_children()) - others
     _watched.update(workers)
+    _started_here.update(workers)
     if current_thread() is main_thread():
         signal.signal(signal.SIGCHLD, _end_with_worker)  # in place of PyTorch's, which raises what is no user error
     try:
@@ -141,17 +157,30 @@ def _end_with_worker(number: int, frame) -> None:
 
 
 def _started(loader: DataLoader) -> Iterator:
+    others, lock = set(active_children()), get_context("fork").Lock
     try:
-        for _lock in [Lock() for _ in range(LOCKS_PER_WORKER * loader.num_workers)]:
+        for _lock in [lock() for _ in range(LOCKS_PER_WORKER * loader.num_workers)]:
             pass  # there is room for them: where there is none, a half-made loader would print a traceback
         return iter(loader)
     except OSError as error:
+        _remove_half_made(error, set(active_children()) - others)
         if error.errno not in (errno.ENOSPC, errno.EAGAIN, errno.ENOMEM):
             raise
         raise UserError(
             f"image workers cannot be started ({error.strerror.lower()}: processes, memory, or /dev/shm, which holds "
             "their locks); use fewer --num-workers, 0 for none."
         ) from error
+
+
+def _remove_half_made(error: OSError, workers: set[BaseProcess]) -> None:
+    """End the workers that did start; the loader's iterator, found in the traceback, would fail when it is deleted."""
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    for frame, _ in walk_tb(error.__traceback__):
+        iterator = frame.f_locals.get("self")
+        if isinstance(iterator, _BaseDataLoaderIter):
+            iterator._shutdown = True
 
 
 def _prepare_worker(rank: int, worker: int) -> None:

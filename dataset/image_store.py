@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.arrays import archive_read
 from utils.files import atomic_file, lock_folder, read_json, sync_folder, write_json
 from utils.program import UserError
 from utils.progress import progress
@@ -74,11 +75,11 @@ class ImageStore:
             raise UserError(f"{run_file} is damaged (a batch size of {run['batch_size']}); {remedy}.")
         return run["batch_size"]
 
-    def open(self, batch_size: int) -> None:
+    def open(self, batch_size: int, keep: bool = True) -> None:
         """Make the files, or look through those of an interrupted run; on one rank, before any rank writes.
 
-        Images that are damaged, or were cut off, count as missing, and a sentence says so. Raises `UserError` if they
-        are another run's, or another process is writing them.
+        Images that are damaged, or were cut off, count as missing, and a sentence says so; without `keep` all do.
+        Raises `UserError` if they are another run's, or another process is writing them.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(
@@ -87,7 +88,9 @@ class ImageStore:
         for path in (self.preview, self.report):  # of a killed process
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 leftover.unlink(missing_ok=True)
-        continued = self.recorded_batch_size() is not None
+        continued = self.recorded_batch_size() is not None and keep
+        if continued:
+            self._tell_lost_sums()
         for name, size in ((PIXELS, self.count * self._image_bytes), (SUMS, self.count * 4)):
             with open(self.partial / name, "ab" if continued else "wb") as file:
                 file.truncate(size)
@@ -96,6 +99,15 @@ class ImageStore:
             self._forget(damaged)
             print(f"{len(damaged):,} images in {self.partial} are damaged or were cut off; they are made again")
         write_json(self.partial / "run.json", {"settings": self.settings, "batch_size": batch_size})
+
+    def _tell_lost_sums(self) -> None:
+        sums = self.partial / SUMS
+        lost = self.count - (sums.stat().st_size // 4 if sums.exists() else 0)
+        if lost > 0:
+            print(
+                f"{sums} is missing or cut off; what {self.partial} held of {lost:,} images cannot be checked, so they "
+                "are made again"
+            )
 
     def done(self) -> np.ndarray:
         """Which images are on the disk: `(count,)` bool."""
@@ -140,8 +152,9 @@ class ImageStore:
             shutil.rmtree(folder, ignore_errors=True)
         staging.mkdir()
         try:
-            self._write_pngs_into(staging)
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+            with archive_read():
+                self._write_pngs_into(staging)
+        except ValueError as error:
             raise UserError(f"{self.result} is damaged; remove it and run the same command again.") from error
         os.replace(staging, self.png_folder)
 
@@ -199,9 +212,9 @@ class ImageStore:
     def _refuse_damaged_result(self) -> None:
         """Of a copy that was cut off, say; whoever reads the images compares their checksum."""
         try:
-            with zipfile.ZipFile(self.result) as archive:
+            with archive_read(), zipfile.ZipFile(self.result) as archive:
                 size = archive.getinfo("arr_0.npy").file_size
-        except (zipfile.BadZipFile, KeyError) as error:
+        except ValueError as error:
             raise UserError(
                 f"{self.result} is damaged or cut off; remove it and run the same command again."
             ) from error
@@ -212,6 +225,8 @@ class ImageStore:
 
     def _refuse_other_settings(self, other: dict, path: Path) -> None:
         remedy = f"move it away or {self._remedy}"
+        if not isinstance(other, dict):
+            raise UserError(f"the settings kept with {path} are damaged; {remedy}.")
         refuse_differences(f"{path} was made by another run", other, json_values(self.settings), remedy)
 
 

@@ -36,12 +36,14 @@ class Remarks:
     circles: list[str] = field(default_factory=list)  # symlinks to a folder that they lie in
     lost: list[str] = field(default_factory=list)  # links in an archive, to a folder or to nothing
     repeated: list[str] = field(default_factory=list)
+    crossing: list[str] = field(default_factory=list)  # symlinks between folders that are there more than once
 
     def tell(self, root: str | os.PathLike) -> None:
         """A line for each kind, on the main rank."""
         kinds = {
             "hidden files or folders are left out": self.hidden,
             "symlinks that lead back to a folder around them are left out": self.circles,
+            "symlinks to folders that are listed already are left out": self.crossing,
             "links in it, to a folder or to nothing, are left out": self.lost,
             "images are there more than once, through links": self.repeated,
         }
@@ -70,14 +72,18 @@ class ImageTree:
 
     def images(self, below: str = "") -> list[str]:
         """All images below a folder."""
-        found, waiting = [], [(below, self._around_root)]
+        found, waiting, here = [], [(below, self._around_root)], set()
         while waiting:
             folder, around = waiting.pop()
             identity = _identity(self.root / folder)
             around |= {identity}
-            names, again = [], identity in self._listed
+            names, again, again_here = [], identity in self._listed, identity in here
             self._listed.add(identity)
-            for name, is_folder, inode in self._entries(folder, around):
+            here.add(identity)
+            for name, is_folder, inode in sorted(self._entries(folder, around), key=lambda entry: entry[0]):
+                if is_folder and again_here and inode is None and _identity(self.root / name) in here:
+                    self._remarks.crossing.append(name)  # folders that link to each other would multiply
+                    continue
                 if is_folder:
                     waiting.append((name, around))
                     continue

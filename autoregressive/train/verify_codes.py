@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dataset.code_check import code_problems, file_problems, label_problems, listed_files
+from dataset.code_check import code_problems, file_problems, in_short, label_problems, listed_files
 from dataset.code_store import IMAGES_FILE, CodeStore, StoreMeta, open_store
 from dataset.crops import center_crop, cut_crops, enlarged_size, to_model_range
 from dataset.image_folder import list_image_folder, load_rgb
@@ -50,13 +50,14 @@ def main() -> None:
     refuse_overwriting(asked.output, *read)
     store = open_store(asked.codes)
     print(store)
-    problems = check_files(store) + check_labels(store) + check_codes(store)
+    files, others = check_files(store), check_labels(store) + check_codes(store)
     if not (asked.tokenizer.vq_ckpt and asked.data_path):
         print("no contact sheet: it needs --vq-ckpt and --data-path")
-    elif not problems:
-        problems = check_images(store, asked)
-    if problems:
-        raise UserError(f"{asked.codes} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}.")
+    elif not files + others:
+        others = check_images(store, asked)
+    if count := len(files + others):
+        found = "; ".join(in_short(files) + others)
+        raise UserError(f"{asked.codes} has {count} problem{'s' * (count > 1)}: {found}.")
     print(f"{asked.codes} is sound")
 
 
@@ -75,6 +76,7 @@ def check_labels(store: CodeStore) -> list[str]:
     classes = meta.num_classes or int(labels.max()) + 1
     if outside := label_problems(labels.min(), labels.max(), classes):
         return outside
+    require_memory(8 * classes, f"counting the images of {classes:,} classes", "mend the labels")
     counts = np.bincount(labels, minlength=classes)
     print(
         f"labels: {classes} classes with {counts.min():,} to {counts.max():,} images, median {np.median(counts):,.0f}"

@@ -24,6 +24,7 @@ from dataclasses import fields
 import numpy as np
 import torch
 
+from dataset.image_archives import archives_at
 from evaluations.c2i.download import GRAPH_URL, cache_folder, cached_graph
 from evaluations.c2i.features import (
     ExportedFeatures,
@@ -115,8 +116,8 @@ class EvaluatorSettings:
 def main() -> None:
     settings = parse(EvaluatorSettings, DESCRIPTION)
     if settings.save_stats:
-        images = settings.reference if settings.reference.is_file() else None
-        refuse_overwriting(settings.save_stats, images, settings.graph, Path(settings.features))
+        read = (settings.reference, *archives_at(settings.reference), settings.graph, Path(settings.features))
+        refuse_overwriting(settings.save_stats, *read)
     sets = [open_images(path, settings.image_size) for path in (settings.reference, settings.sample) if path]
     for images in sets:
         if images.count <= NEIGHBOURS:

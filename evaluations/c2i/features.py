@@ -32,7 +32,7 @@ from evaluations.c2i.graph_def import read_graph
 from utils.files import sha256
 from utils.precision import forbid_tf32
 from utils.program import UserError
-from utils.weight_files import refuse_foreign, verify_archive
+from utils.weight_files import is_archive, refuse_foreign, verify_archive
 
 IMAGE_NODE, POOL_NODE, SPATIAL_NODE, LOGITS_NODE = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
 PUBLISHED_CLASSIFIER = (2048, 1008)
@@ -211,8 +211,9 @@ def load_exported(path: Path, device: torch.device) -> torch.nn.Module:
     """The module in `path`, on `device`. `UserError` if it is missing, damaged, or no exported program."""
     if not path.is_file():
         raise UserError(f"there is no exported network {path}; make one with torch.export.save (see the README).")
+    if is_archive(path):
+        verify_archive(path)
     _refuse_other_archives(path)
-    verify_archive(path)
     try:
         if _holds_pickles(path):
             raise UserError(f"{path} holds pickled objects, which could run code when loaded; export plain tensors.")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from functools import cache
@@ -352,6 +353,15 @@ def test_refusals(sets, monkeypatch, capsys, tmp_path):
     for output in (reference, tmp_path / "link.npz", tiny_network()):
         assert "is one of the files that are read" in refusal(reference, "--save-stats", output, *network)
     assert reference.read_bytes() == before
+    folder = tmp_path / "images" / "ant"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(folder / "0.png")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(folder, "ant")
+    for read, output in ((folder.parent, folder / "0.png"), (tmp_path / "*.tar", tmp_path / "shard.tar")):
+        before = output.read_bytes()
+        assert "is one of the files that are read" in refusal(read, "--save-stats", output, *network)
+        assert output.read_bytes() == before
     assert "is a device or a pipe" in refusal(reference, "--save-stats", "/dev/null", *network)
     assert not sample.with_suffix(".txt").exists()
     assert not sample.with_suffix(".json").exists()
@@ -477,6 +487,12 @@ def test_files_that_are_no_exported_networks(sets, monkeypatch, capfd, tmp_path)
     content[content.index(b"nodes")] ^= 1
     (tmp_path / "flipped.pt2").write_bytes(content)
     assert "differs from its checksum" in refusal(tmp_path / "flipped.pt2")
+    content = tiny_network().read_bytes()
+    entry = content.rindex(b"PK\x01\x02")
+    for place in (entry, entry + 6, entry + 8, entry + 46):  # signature, version, whether encrypted, name
+        flipped = content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+        (tmp_path / "flipped.pt2").write_bytes(flipped)
+        assert "flipped.pt2 is " in refusal(tmp_path / "flipped.pt2")
     module = TinyClassifier()
     module.register_buffer("scale", torch.tensor(torch.inf))
     assert "weights that are NaN or infinite (scale)" in refusal(exported(module, tmp_path / "infinite.pt2"))

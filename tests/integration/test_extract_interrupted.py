@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ def test_an_unfinished_extraction_refuses_other_settings(monkeypatch, data, code
     (data / "cat" / "2.png").unlink()
     with pytest.raises(UserError, match="1 removed, such as cat/2.png"):
         extract(monkeypatch, command)
+    assert len(list((codes / "toy16_codes.partial" / "work").glob("block-*.npz"))) == 2  # no refusal costs any
 
 
 def test_a_finished_store_refuses_other_settings(monkeypatch, data, codes, tokenizer):
@@ -210,6 +212,21 @@ def test_skipping_every_image_is_refused(monkeypatch, data, codes, tokenizer):
     assert not (codes / "toy16_codes").exists()
 
 
+def reshaped(path):
+    with np.load(path) as arrays:
+        np.savez(path, **{**arrays, "codes": arrays["codes"][:, :5]})
+
+
+def replaced(path):
+    path.write_bytes(path.with_name("block-000000.npz").read_bytes())
+
+
+def misdirected(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1  # as if encrypted
+    path.write_bytes(content)
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -220,7 +237,7 @@ def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [flip, cut])
+@pytest.mark.parametrize("damage", [flip, cut, reshaped, replaced, misdirected])
 def test_damaged_blocks_are_encoded_again(monkeypatch, data, codes, tokenizer, capsys, damage):
     extract(monkeypatch, arguments(data, codes / "straight", tokenizer))
     command = arguments(data, codes / "resumed", tokenizer)
@@ -254,13 +271,29 @@ def test_what_is_damaged_before_it_is_joined_does_not_become_a_store(monkeypatch
     assert contents(codes / "resumed") == contents(codes / "straight")
 
 
-@pytest.mark.parametrize(("name", "content"), [("plan.json", "{"), ("images.jsonl", '["ant/0.png"]\n')])
-def test_garbled_files_of_an_unfinished_extraction_are_named(monkeypatch, data, codes, tokenizer, name, content):
+def test_garbled_or_lost_files_of_an_unfinished_extraction(monkeypatch, data, codes, tokenizer, capsys):
     command = arguments(data, codes, tokenizer)
     interrupt(monkeypatch, command)
-    (codes / "toy16_codes.partial" / "work" / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name} is damaged"):
+    plan, sources = (codes / "toy16_codes.partial" / "work" / name for name in ("plan.json", "images.jsonl"))
+    as_it_was = plan.read_text()
+    plan.write_text("{")
+    with pytest.raises(UserError, match="plan.json is damaged"):
         extract(monkeypatch, command)
+    plan.write_text(re.sub('("image_list": ")[0-9a-f]*', r"\1", as_it_was))
+    with pytest.raises(UserError, match="the images are not those with which .*partial was begun; restore them"):
+        extract(monkeypatch, command)
+    plan.write_text(as_it_was)
+    for content in (None, "", '["ant/0.png"]\n', '["ant/0.png", 7]\n'):  # what it lists is known otherwise
+        sources.unlink() if content is None else sources.write_text(content)
+        interrupt(monkeypatch, command, after_blocks=0)
+        assert "images.jsonl was lost or damaged" in capsys.readouterr().out
+        assert len(sources.read_text().splitlines()) == COUNT
+    plan.unlink()  # then nothing says how the blocks were made
+    extract(monkeypatch, [*command, "--crop-range", "1.3"])
+    assert "has lost its plan.json; its 2 finished blocks are encoded again" in capsys.readouterr().out
+    extract(monkeypatch, arguments(data, codes / "straight", tokenizer, "--crop-range", "1.3"))
+    stores = (open_store(folder / "toy16_codes") for folder in (codes, codes / "straight"))
+    np.testing.assert_array_equal(*(store.block(0, COUNT) for store in stores))
 
 
 def test_pipes_and_devices_are_unreadable_images(monkeypatch, data, codes, tokenizer):

@@ -156,6 +156,20 @@ def test_refusals(images, tmp_path):
     refused(tmp_path / "twice", "holds 1/00.png twice")
     (tmp_path / "text.zip").write_text("no zip")
     refused(tmp_path / "text.zip", "is damaged or no .zip")
+    zipped(images, tmp_path / "whole.zip", zipfile.ZIP_STORED)
+    content = (tmp_path / "whole.zip").read_bytes()
+    directory, end = content.index(b"PK\x01\x02"), content.index(b"PK\x05\x06")
+    for place, value in ((directory + 6, 0xFF), (end + 15, 0x7F)):
+        (tmp_path / "text.zip").write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+        refused(tmp_path / "text.zip", "is damaged or no .zip")
+    with zipfile.ZipFile(tmp_path / "text.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("00.png", png(10))
+        archive.writestr("00.cls", "1" * 99)
+        place = archive.getinfo("00.cls").header_offset + 30 + len("00.cls")
+    content = bytearray((tmp_path / "text.zip").read_bytes())
+    content[place] ^= 6  # no such kind of block
+    (tmp_path / "text.zip").write_bytes(content)
+    refused(tmp_path / "text.zip", "is damaged or no .zip")
     cut = tmp_path / "cut.tar"
     cut.write_bytes(
         webdataset(tmp_path / "whole.tar", {f"{number:02d}": "1" for number in range(9)}).read_bytes()[:9000]

@@ -1,6 +1,7 @@
 """What verification accepts, shows, and finds wrong."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,13 @@ def test_verify_says_what_is_wrong(monkeypatch, data, codes, tokenizer, tmp_path
     damage(codes / "toy16_codes", data)
     with pytest.raises(UserError, match=sentence):
         verify(monkeypatch, codes / "toy16_codes", data, tokenizer, tmp_path / "sheet.png")
+
+
+def test_labels_that_no_memory_can_count_are_refused(monkeypatch):
+    foreign = SimpleNamespace(meta=SimpleNamespace(num_classes=None), labels=np.array([0, 2**27]))
+    monkeypatch.setattr("utils.memory.available_memory", lambda: 1 << 20)
+    with pytest.raises(UserError, match="counting the images of 134,217,729 classes takes 1.0 GiB"):
+        verify_codes.check_labels(foreign)
 
 
 def test_verify_notices_another_tokenizer(monkeypatch, data, codes, tokenizer, tmp_path):

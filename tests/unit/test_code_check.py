@@ -1,5 +1,7 @@
 """Stores that cannot be learned from are refused in a sentence before training begins; sound ones are read once."""
 
+import os
+import re
 import shutil
 
 import numpy as np
@@ -119,11 +121,49 @@ def test_a_copy_is_looked_through_again(packed, tmp_path):
         check(tmp_path / "copy" / packed.name)
 
 
+def test_a_copy_with_the_times_of_a_sound_store_is_looked_through(packed):
+    check(packed)
+    labels = packed / "labels.npy"
+    times = os.stat(labels)
+    content = bytearray(labels.read_bytes())
+    content[-4] ^= 1
+    labels.write_bytes(content)
+    os.utime(labels, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="labels.npy does not match its checksum"):
+        check(packed)
+
+
+def test_published_files_that_change_later_are_compared_with_the_same_ranges(published):
+    check(published)
+    change(published / "5.npy", CODES)
+    change(published.with_name("tiny16_labels") / "6.npy", CLASSES)
+    store = open_store(published)
+    refuse_unsound(store, CODES, CLASSES, WORLD)  # of the folders nothing has changed
+    with pytest.raises(UserError, match="5.npy holds 64, which is not between 0 and 63"):
+        store.codes(np.array([5, 5]), np.arange(2) * 0)
+    with pytest.raises(UserError, match="6.npy holds 4, which is not between 0 and 3"):
+        store.labels_of(np.array([6]))
+
+
+def test_many_damaged_files_are_one_short_sentence(tmp_path):
+    store = make_store(tmp_path / "tiny16_codes", count=24, shards=(1,) * 24)
+    for number in range(24):
+        change(store.path / f"codes-{number:05d}.npy", 0, ...)
+    with pytest.raises(UserError, match="codes-00000.npy does not match its checksum; 23 more problems; copy"):
+        check(store.path)
+
+
 def test_a_garbled_note_is_none(packed):
     check(packed)
-    for content in ("{", "[]", '{"extent": {}, "state": {}}'):
-        packed.with_name("tiny16_codes.checked.json").write_text(content)
+    note = packed.with_name("tiny16_codes.checked.json")
+    wrong = re.sub(r'("largest_code": )\d+', r"\1null", note.read_text())
+    assert "null" in wrong
+    for content in ("{", "[]", '{"extent": {}, "state": {}}', wrong):
+        note.write_text(content)
         check(packed)
+    note.unlink()
+    note.mkdir()
+    check(packed)
 
 
 def test_training_does_not_begin(packed, tmp_path, monkeypatch):

@@ -141,6 +141,7 @@ def edit_meta(folder, **changes):
         (lambda folder: edit_meta(folder, count="20"), "is damaged"),
         (lambda folder: edit_meta(folder, dtype="O"), "is damaged"),
         (lambda folder: edit_meta(folder, shards={}), "is damaged"),
+        (lambda folder: edit_meta(folder, shards=[{"file": "codes-00000.npy", "count": 20}]), "damaged .'sha256'"),
         (lambda folder: (folder / "meta.json").unlink(), "no code store"),
     ],
 )
@@ -205,3 +206,11 @@ def test_a_taken_name_is_not_overwritten(folder):
     make_store(folder)
     with pytest.raises(UserError, match="exists already"):
         make_store(folder)
+
+
+def test_damaged_labels_in_the_way_are_others(folder, tmp_path):
+    store = make_store(folder)
+    (tmp_path / "other16_labels").mkdir()
+    (tmp_path / "other16_labels" / "0.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="other16_labels exists already and holds other labels"):
+        write_published(tmp_path / "other16_codes", store)

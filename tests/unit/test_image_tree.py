@@ -65,6 +65,17 @@ def test_images_that_are_there_twice_through_symlinks_are_counted(images, tmp_pa
     assert open_images(images).count == 9  # the evaluator's set is the extraction's
 
 
+def test_folders_that_link_to_each_other_do_not_multiply(images, capsys):
+    names = [f"sort_{number}" for number in range(7)]
+    for name in names:
+        write(images / "ant" / name / "0.png")
+        for other in set(names) - {name}:
+            (images / "ant" / name / other).symlink_to(f"../{other}")
+    count = len(list_image_folder(images))
+    assert 4 + len(names) <= count < 100  # 13,700 paths lead to them
+    assert "symlinks to folders that are listed already are left out" in capsys.readouterr().err
+
+
 def test_only_the_main_rank_tells(images, capsys, monkeypatch):
     write(images / ".hidden" / "0.png")
     monkeypatch.setenv("RANK", "1")

@@ -1,8 +1,11 @@
 """Processes that decode images: what ends them, or keeps them from starting, ends the program in a sentence."""
 
 import ctypes
+import errno
+import gc
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +38,54 @@ def test_a_killed_worker_ends_the_program_in_a_sentence():
             list(loaded(large, range(20), 2, WORLD))
 
     assert wait(fork(work), kill_after=60) == 0
+
+
+PROGRAM = """
+import errno, torch
+from dataset.image_batches import loaded
+from utils.distributed import World
+from utils.program import run
+
+def make(number):
+    if number == 3:
+        raise OSError(errno.EIO, "Input/output error", "image.png")
+    return torch.full((1 << 20,), number, dtype=torch.uint8)
+
+def main():
+    world = World(0, 1, 0, torch.device("cpu"))
+    waiting = loaded(make, range(10, 100), 1, world)
+    next(waiting)  # its worker has more to send
+    list(loaded(make, range(9), 1, world))
+
+run(main)
+"""
+
+
+def test_an_error_beside_living_workers_ends_the_program():
+    """A forked copy of this process would leave without what Python does at its end."""
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(r"error: the disk .*\(image.png\).*\n", ended.stderr)
+
+
+def test_a_second_worker_that_cannot_start(monkeypatch):
+    """Ends in a sentence, without the first one and without a word from PyTorch."""
+    process = multiprocessing.get_context("fork").Process
+    start, complaints, started = process.start, [], []
+
+    def start_one(worker):
+        if started:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(worker)
+        start(worker)
+
+    monkeypatch.setattr(process, "start", start_one)
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: complaints.append(found.exc_value))
+    with pytest.raises(UserError, match="workers cannot be started .*temporarily unavailable"):
+        next(loaded(large, range(4), 2, WORLD))
+    gc.collect()
+    assert [worker.is_alive() for worker in started] == [False]
+    assert complaints == []
 
 
 def is_running(pid: int) -> bool:

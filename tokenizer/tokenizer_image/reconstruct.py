@@ -161,7 +161,7 @@ def open_stores(
         complete = all(there)
         if not complete:
             for store in stores:
-                store.open(settings.per_proc_batch_size)
+                store.open(settings.per_proc_batch_size, keep=False)  # all are made again, for their scores
     return stores, world.broadcast(complete)
 
 
