@@ -72,10 +72,10 @@ def coarse_to_fine(
         raise ValueError(f"--epoch-rate must lie between 0 and 1, got {epoch_rate:g}")
     check_length(epochs, steps_per_epoch)
     if patch_level > _most_levels(grid):
+        side = 2 ** (patch_level - 1) if patch_level < 20 else f"2^{patch_level - 1}"  # a mistyped one is a long number
         raise ValueError(
-            f"--patch-level {patch_level} needs patches of 2^{patch_level - 1} codes per side, which do not tile the "
-            f"grid of {grid[0]}x{grid[1]} codes; use --patch-level {_most_levels(grid)} or less, or another "
-            "--image-size"
+            f"--patch-level {patch_level} needs {side}x{side} patches, which do not tile the grid of "
+            f"{grid[0]}x{grid[1]} codes; use --patch-level {_most_levels(grid)} or less, or another --image-size"
         )
     sides = [2 ** (patch_level - 1 - level) for level in range(patch_level)]
     ends = [int(epochs * epoch_rate ** (patch_level - 1 - level)) for level in range(patch_level)]
