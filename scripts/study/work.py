@@ -89,12 +89,14 @@ class Worker:
     def _prepare_once(self) -> None:
         """Data, classifier, tokenizer and codes; a process that is at it is waited for."""
         done, told = self.work / "preparation/done", False
-        while not done.exists() or self.results.shared() is None:
+        is_missing = lambda: not done.exists() or self.results.shared() is None  # noqa: E731
+        while is_missing():
             lock = claim(done.parent)
             if lock is not None:
                 with lock:
-                    self._prepare(lock)
-                    done.touch()
+                    if is_missing():  # another process may have done it since
+                        self._prepare(lock)
+                        done.touch()
             elif not told:
                 print("another process prepares data, tokenizer and codes; waiting for it", flush=True)
                 told = True

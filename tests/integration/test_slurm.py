@@ -112,7 +112,9 @@ def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
     stopped = int(re.search(r"stopped by a signal after step (\d+)", output.read_text())[1])
     assert 0 < stopped < 120
     wait_for(lambda: slurm("sinfo", "-h", "-o", "%t %D").strip() == "idle 2", said)  # nothing is left of its steps
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for a while before it starts it again
+    # Slurm itself waits two minutes: in the second in which it revoked a job's credential it cannot start it again.
+    time.sleep(2)
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), said)
     assert f"continuing {results}/run after step {stopped}" in output.read_text()
     assert "Traceback" not in output.read_text()
