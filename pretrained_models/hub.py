@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.checkpoint import CONFIG, TOKENIZER_FOLDER, WEIGHTS
-from utils.program import UserError
+from utils.program import UserError, first_line
 
 WORD = r"\w[\w.-]*"
 REPOSITORY = re.compile(rf"(?P<name>{WORD}/{WORD})(?P<folder>/{WORD})?(@(?P<revision>[\w./-]+))?")
@@ -150,7 +150,7 @@ def _refusal(repository: str, filename: str, error: Exception) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+    text = first_line(error)
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
 
 

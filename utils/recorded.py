@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from utils.program import UserError
+from utils.program import UserError, first_line
 
 CONFIG_KINDS = {
     "model": dict,
@@ -63,7 +63,7 @@ def check_fields(values: Mapping[str, Any], cls: type, path: Any) -> None:
 
 
 def damaged(path: Any, error: Exception) -> str:
-    return f"{path} is damaged or no model's ({str(error).splitlines()[0].rstrip('.')}); copy or download it again."
+    return f"{path} is damaged or no model's ({first_line(error)}); copy or download it again."
 
 
 def _is(value: Any, kind: Any) -> bool:

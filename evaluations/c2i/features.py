@@ -31,7 +31,7 @@ from evaluations.c2i.frozen_graph import FrozenGraph
 from evaluations.c2i.graph_def import read_graph
 from utils.files import sha256
 from utils.precision import forbid_tf32
-from utils.program import UserError
+from utils.program import UserError, first_line
 from utils.weight_files import is_archive, refuse_foreign, verify_archive
 
 IMAGE_NODE, POOL_NODE, SPATIAL_NODE, LOGITS_NODE = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
@@ -87,7 +87,7 @@ class InceptionNetwork(nn.Module):
             pool.flatten(1) @ classifier.to("meta")  # they fit
         except (ValueError, LookupError, TypeError, RuntimeError) as error:  # whatever other contents lead to
             raise UserError(
-                f"{path} is not ADM's frozen Inception graph, or is damaged ({_first_line(error)}); "
+                f"{path} is not ADM's frozen Inception graph, or is damaged ({first_line(error)}); "
                 "name classify_image_graph_def.pb with --graph."
             ) from error
         self.dimensions = pool.shape[1], SPATIAL_CHANNELS * spatial[0, 0].numel()  # whatever the image size
@@ -132,7 +132,7 @@ class InceptionFeatures(FeatureNetwork):
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # the machine lacks what compiling needs
-                note = f"note: torch.compile does not work here ({_first_line(error)}); going on without."
+                note = f"note: torch.compile does not work here ({first_line(error)}); going on without."
                 print(note, file=sys.stderr)
                 self.compiled = False
         return self.convolve(prepared)
@@ -191,7 +191,7 @@ class ExportedFeatures(FeatureNetwork):
             raise
         except (RuntimeError, ValueError, AssertionError) as error:  # guards of the export raise any of these
             raise UserError(
-                f"{self.path} does not accept images of shape {tuple(images.shape)} ({_first_line(error)}); "
+                f"{self.path} does not accept images of shape {tuple(images.shape)} ({first_line(error)}); "
                 "export it for this image size with a dynamic batch dimension."
             ) from error
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in outputs]
@@ -223,7 +223,7 @@ def load_exported(path: Path, device: torch.device) -> torch.nn.Module:
         raise
     except Exception as error:  # whatever a damaged or foreign archive makes PyTorch's reader raise
         raise UserError(
-            f"{path} is not a torch.export file that can be loaded ({_first_line(error)}); "
+            f"{path} is not a torch.export file that can be loaded ({first_line(error)}); "
             "save it with torch.export.save and the installed PyTorch."
         ) from error
     for name, tensor in {**program.state_dict, **program.constants}.items():
@@ -235,7 +235,7 @@ def load_exported(path: Path, device: torch.device) -> torch.nn.Module:
 def _refuse_other_archives(path: Path) -> None:
     """Raise `UserError` unless `path` is an archive of the kind that torch.export.save writes, or wrote until 2.7."""
     names = set()
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
     if not {"archive_format", "serialized_exported_program.json"} & names:
@@ -290,7 +290,3 @@ def check_published_graph(path: Path) -> None:
     shape = tuple(InceptionNetwork(path).classifier.shape)
     if shape != PUBLISHED_CLASSIFIER:
         raise UserError(f"its classifier has the shape {shape} instead of {PUBLISHED_CLASSIFIER}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
