@@ -81,7 +81,9 @@ def main() -> None:
     source, tokenizer = read_source(chosen), None
     if chosen.is_checkpoint:
         write_checkpoint(source, chosen)
-    elif not (chosen.push and chosen.target.resolve() == source.path.resolve()):  # then it is only uploaded
+    elif chosen.push and chosen.target.resolve() == source.path.resolve():
+        refuse_changes(chosen)
+    else:
         tokenizer = tokenizer_of(source, chosen)
         write_folder(source, tokenizer, chosen)
     print(f"{source} are in {chosen.target}")
@@ -90,6 +92,16 @@ def main() -> None:
     if chosen.push:
         print(f"pushed: {push(chosen.target, chosen.push, chosen.private)}")
     print(f"next: {next_command(source, tokenizer, chosen)}")
+
+
+def refuse_changes(chosen: ExportSettings) -> None:
+    """Raise `UserError` if flags ask for something else than to upload the folder as it is."""
+    for name in ("tokenizer", "report", "license"):
+        if getattr(chosen, name) is not None:
+            raise UserError(
+                f"{chosen.target} is uploaded as it is, without --{name}; write it anew with this flag, from what it "
+                "was made of, into another folder."
+            )
 
 
 def save_pretrained(gpt: str | Path, folder: str | Path, /, **flags: Any) -> Path:

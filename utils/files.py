@@ -128,6 +128,7 @@ def lock(path: Path, refusal: str) -> IO:
 
     Raises `UserError(refusal)` if another process has it open so.
     """
+    refuse_as_output(path)  # a pipe would wait for a reader
     file = open(path, "ab")  # noqa: SIM115 - held open as long as the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -325,6 +325,8 @@ def test_pushed_and_fetched_again(hub, models, tmp_path, monkeypatch, capsys):
     assert "# me/digits\n" in (tmp_path / "hub/README.md").read_text()
     assert hub.private == {"me/digits"}
     run("export", tmp_path / "hub", tmp_path / "hub", "--push", "me/again")  # as it is
+    with pytest.raises(UserError, match="is uploaded as it is, without --license"):
+        run("export", tmp_path / "hub", tmp_path / "hub", "--push", "me/again", "--license", "mit")
     assert hub.repositories["me/again"] == hub.repositories["me/digits"]
     fetched, info = build_gpt(GPTSettings("me/digits"))
     assert torch.equal(fetched.output.weight, build_gpt(GPTSettings(str(models / "hub")))[0].output.weight)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import sys
 import types
@@ -11,7 +12,8 @@ import torch
 
 from tests.tiny_training import command, rows, tiny_store, train
 from utils.distributed import World
-from utils.engine.metrics import Metrics
+from utils.engine.metrics import Metrics, WandbLogger
+from utils.program import UserError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -138,6 +140,12 @@ def test_weights_and_biases_beside_tensorboard(wandb, tmp_path):
     assert [values["step"] for values in logged] == [2, 4, 6, 8, 10, 12]
     assert [values["lr"] for values in logged] == [row["lr"] for row in rows(tmp_path)]
     assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_pipe_in_the_place_of_the_identity(wandb, tmp_path):
+    os.mkfifo(tmp_path / "wandb-id")
+    with pytest.raises(UserError, match="wandb-id is a device or a pipe"):
+        WandbLogger(tmp_path, {})
 
 
 def test_weights_and_biases_without_a_login(wandb, monkeypatch, tmp_path):

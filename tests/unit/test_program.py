@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from autoregressive.models.conditioning import Conditioning, try_conditioning
 from tests.processes import fork, wait
-from utils.files import atomic_file, read_json, sha256, write_json
+from utils.files import atomic_file, lock, read_json, sha256, write_json
 from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError, end_with_launcher, first_line, run
 from utils.progress import progress
 
@@ -211,6 +212,8 @@ def test_an_output_is_never_a_device(tmp_path):
     for path in ("/dev/null", tmp_path / "pipe", tmp_path / "link"):
         with pytest.raises(UserError, match="is a device or a pipe; name a file"), atomic_file(path):
             pass
+        with pytest.raises(UserError, match="is a device or a pipe; name a file"):
+            lock(Path(path), "")
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ class WandbLogger:
 
     def __init__(self, folder: Path, config: dict):
         wandb, id_file = _package("wandb", "--wandb"), folder / "wandb-id"
-        if not id_file.exists():
+        if not id_file.is_file():  # what is no file is refused where it is written
             with atomic_file(id_file, "w") as file:
                 file.write(uuid.uuid4().hex)
         which = {"id": id_file.read_text(), "resume": "allow", "name": folder.name, "dir": str(folder)}
