@@ -244,7 +244,8 @@ def learning_rate_section(results: Results) -> str:
         if mine:
             best = min(mine, key=mine.__getitem__)
             rows.append([arm.title, *(cell(mine.get(lr), lr == best) for lr in rates.values)])
-            sentences.append(f"{arm.title}: {best:g} is best, {study.training_flags(arm)['lr']:g} is used.")
+            end = ", the first or last that was tried" if best in (min(rates.values), max(rates.values)) else ""
+            sentences.append(f"{arm.title}: {best:g} is best{end}; {study.training_flags(arm)['lr']:g} is used.")
     return (
         f"**Learning rates.** Held-out loss of one training at each rate (seed {rates.seed}, not one of those above), "
         f"made before all others.\n\n{markdown_table(rows)}\n\n{' '.join(sentences)}"
