@@ -206,6 +206,10 @@ def open_job(job: Job, images: ImageFolder, sources: list[tuple[str, int]]) -> t
         raise UserError(f"{job.folder} exists without a {META_FILE} of this program; choose another --code-path.")
     job.work.mkdir(parents=True, exist_ok=True)
     held = lock_folder(job.work, f"another extraction is writing to {job.partial}; wait for it or stop it.")
+    if _is_finished(job.folder, job):  # by another process, just now
+        shutil.rmtree(job.partial, ignore_errors=True)
+        held.close()
+        return None, None
     if _is_finished(job.partial, job):  # it lacks only its name
         job.clean_and_rename()
         return held, None

@@ -184,10 +184,10 @@ class ImageStore:
         self.remove_partial()
 
     def remove_partial(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write_npz(self, file, labels: np.ndarray) -> None:
         damaged, intact_images = [], 0

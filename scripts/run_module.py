@@ -5,12 +5,14 @@ python scripts/run_module.py MODULE [ARGUMENTS…]        with the project's fol
 
 import importlib.util
 import runpy
+import signal
 import sys
 
 from utils.program import end_with_launcher
 
 if __name__ == "__main__":
     end_with_launcher()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save now", which the launcher passes on, before training begins
     if importlib.util.find_spec("torch") is None:
         print(
             f"error: {sys.executable} has no PyTorch; start programs by scripts/*.sh, which find .venv, activate it, "

@@ -59,14 +59,19 @@ def train(arguments: list[str], world_size: int = 1, output=None, before=lambda:
     return run_main(main, arguments, world_size, output)
 
 
-def interrupting(after_step: int, action) -> Callable[[], None]:
-    """For `before=`: do `action` after a step has been taken, before it is logged or saved."""
+def interrupting(after_step: int, action, written: bool = False) -> Callable[[], None]:
+    """For `before=`: do `action` after a step has been taken, before it is logged or saved.
+
+    With `written`, the checkpoints of earlier steps, which a thread writes, are there, or have failed.
+    """
 
     def patch():
         original = training_run.TrainingRun.end_step
 
         def end_step(self, steps_done, log, found_inf):
             if steps_done == after_step:
+                if written and self._writer is not None:  # the main rank's
+                    self._writer.wait()
                 action()
             original(self, steps_done, log, found_inf)
 

@@ -5,10 +5,11 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +29,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     path = Path(path)
     refuse_as_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # other nodes may have this process's number
     raw = None
     try:
         raw = _RememberingFile(temporary, "w")
@@ -128,16 +129,21 @@ def lock(path: Path, refusal: str) -> IO:
 
     Raises `UserError(refusal)` if another process has it open so.
     """
-    refuse_as_output(path)  # a pipe would wait for a reader
-    file = open(path, "ab")  # noqa: SIM115 - held open as long as the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(refusal) from error
-    except OSError:
-        pass
-    return file
+    while True:
+        refuse_as_output(path)  # a pipe would wait for a reader
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115 - held open as long as the lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise UserError(refusal) from error
+        except OSError:
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # who held it before has removed it
 
 
 def read_json(path: str | os.PathLike, remedy: str, *names: str) -> dict:

@@ -99,7 +99,7 @@ def main() -> None:
 
 def torchrun_arguments(nodes: Nodes, address: str | None) -> list[str]:
     if nodes.count == 1:
-        rendezvous = ["--standalone"]
+        rendezvous = ["--standalone", "--local-addr=127.0.0.1"]  # not this machine's name, which may resolve to nothing
     else:
         endpoint = f"{nodes.first if nodes.rank else '127.0.0.1'}:{nodes.port}"
         rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-conf=is_host=0"]

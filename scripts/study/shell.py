@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from scripts.study.commands import Command, shown
 from utils.program import UserError
@@ -29,7 +29,7 @@ class Shell:
         with open(log, "ab") as output:
             output.write(f"\n$ {shown(command)}\n".encode())
             output.flush()
-            process = subprocess.Popen(
+            status = _status_of(
                 self._filled_in(command),
                 cwd=ROOT,
                 env=self.environment,
@@ -38,7 +38,6 @@ class Shell:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            status = _wait(process)
         if status:
             end = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
             raise UserError(
@@ -72,19 +71,24 @@ def _glob(word: str) -> list[str]:
     return sorted(str(match) for match in path.parent.glob(path.name)) or [word]
 
 
-def _wait(process: subprocess.Popen) -> int:
-    """The process's exit status. SIGTERM is passed on to it (trainers save first), and ends the study afterwards."""
-    stopped = []
+def _status_of(words: list[str], **how: Any) -> int:
+    """A process's exit status. SIGTERM is passed on to it (trainers save first), and ends the study afterwards."""
+    process, stopped = None, []
 
     def pass_on(number, _frame):
         stopped.append(number)
-        process.send_signal(number)
+        if process is not None:
+            process.send_signal(number)
 
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
+        process = subprocess.Popen(words, **how)
+        if stopped:  # while it was being started
+            process.send_signal(stopped[0])
         status = process.wait()
     except KeyboardInterrupt:  # the terminal has sent it to the process, too
-        process.wait()
+        if process is not None:
+            process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -121,7 +121,7 @@ def test_a_job_that_fails_or_hangs_takes_nothing_with_it(monkeypatch, tmp_path, 
         "print('said', flush=True)\n"
         "time.sleep(60) if sys.argv[1] == 'hangs' else sys.exit(sys.argv[1] == 'fails')\n"
     )
-    limits = {"fails": 60, "hangs": 3, "ends": 60}
+    limits = {"fails": 60, "hangs": 10, "ends": 60}
     jobs = [Job("training", name, f"{program} {name}", limit) for name, limit in limits.items()]
     monkeypatch.setattr(gpu_check, "TINY_JOBS", jobs)
     monkeypatch.setattr(gpu_check, "machine_facts", lambda chosen: MACHINE)

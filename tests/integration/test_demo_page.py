@@ -74,8 +74,8 @@ def edited(sent: dict) -> dict:
 
 def answer_to(place: str, data: list) -> str:
     """What a visitor is told who goes past the client, which would send files first."""
-    asked_for = httpx.post(place, json={"data": data}).json()
-    return httpx.get(f"{place}/{asked_for['event_id']}").text
+    asked_for = httpx.post(place, json={"data": data}, timeout=60).json()
+    return httpx.get(f"{place}/{asked_for['event_id']}", timeout=60).text
 
 
 def named(path: str) -> dict:

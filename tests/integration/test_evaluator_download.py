@@ -59,7 +59,7 @@ def accept(path: Path) -> None:
 
 
 def left(folder: Path) -> list[str]:
-    return [file.name for file in folder.iterdir()]
+    return sorted(file.name for file in folder.iterdir())
 
 
 def test_two_programs_do_not_download_at_once(server, tmp_path):

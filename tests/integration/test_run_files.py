@@ -22,7 +22,7 @@ def codes(tmp_path_factory):
 def stopped(codes, tmp_path_factory):
     """The results of a run that has stopped after step 8, with a checkpoint of step 6."""
     results = tmp_path_factory.mktemp("stopped")
-    assert train(command(codes, results), before=interrupting(8, lambda: exit(9))) == [9]
+    assert train(command(codes, results), before=interrupting(8, lambda: exit(9), written=True)) == [9]
     return results
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -36,8 +37,9 @@ def refusal(arguments, tmp_path, world_size=1) -> str:
     text = log.read_text()
     assert "Traceback" not in text
     assert not list(tmp_path.rglob("*.pt"))
-    sentence = text.strip().splitlines()[-1]
-    assert "error: " in sentence
+    lines = text.strip().splitlines()
+    sentence = lines[-1] if world_size == 1 else next(line for line in lines if "error: " in line)
+    assert "error: " in sentence  # PyTorch's own warnings of a rank that has gone may follow where there are two
     return sentence
 
 
@@ -119,7 +121,8 @@ def test_two_jobs_never_share_a_folder(codes, tmp_path):
     first = fork(lambda: _train_slowly(command(codes, tmp_path)), tmp_path / "first")
     try:
         while not list(tmp_path.glob("run/checkpoints/*.pt")):
-            assert "Traceback" not in (tmp_path / "first").read_text() if (tmp_path / "first").exists() else True
+            assert os.waitid(os.P_PID, first, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None  # it lives
+            time.sleep(0.02)
         assert train(command(codes, tmp_path), output=tmp_path / "second") == [2]
         assert "another process is training in" in (tmp_path / "second").read_text()
     finally:
@@ -128,14 +131,13 @@ def test_two_jobs_never_share_a_folder(codes, tmp_path):
 
 def _train_slowly(arguments):
     import sys
-    import time
 
     from tests.tiny_training import shrink_gpt
     from utils.engine.run import TrainingRun
 
     shrink_gpt()
     end_step = TrainingRun.end_step
-    TrainingRun.end_step = lambda self, *args: (end_step(self, *args), time.sleep(0.5))
+    TrainingRun.end_step = lambda self, done, *rest: (end_step(self, done, *rest), time.sleep(60 if done > 3 else 0))
     sys.argv = ["program", *arguments]
     train_c2i.main()
 

@@ -1,7 +1,6 @@
 """One process or two, replicas or shards, one micro-batch or several: the same data order and the same losses."""
 
 import sys
-import time
 
 import pytest
 
@@ -70,13 +69,8 @@ def test_gradient_accumulation_changes_nothing(processes, codes, alone, tmp_path
     ids=str,
 )
 def test_a_checkpoint_continues_in_another_world(first, then, codes, alone, tmp_path):
-    def leave():
-        while not (tmp_path / "run/checkpoints/0000006.pt").exists():  # it is written in the background
-            time.sleep(0.01)
-        sys.exit(9)
-
     def part(parallel, stop_after=None):
-        before = interrupting(stop_after, leave) if stop_after else lambda: None
+        before = interrupting(stop_after, lambda: sys.exit(9), written=True) if stop_after else lambda: None
         arguments = command(codes, tmp_path, "--ema", "--parallel", parallel[0], no=NO_DROPOUT)
         return train(arguments, parallel[1], before=before)
 
@@ -87,7 +81,7 @@ def test_a_checkpoint_continues_in_another_world(first, then, codes, alone, tmp_
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_resume_in_the_same_world_is_bit_exact_with_dropout(parallel, codes, tmp_path):
-    stop = interrupting(8, lambda: sys.exit(9))
+    stop = interrupting(8, lambda: sys.exit(9), written=True)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(command(codes, whole, "--parallel", parallel), 2) == [0, 0]
     assert train(command(codes, parts, "--parallel", parallel), 2, before=stop) == [9, 9]

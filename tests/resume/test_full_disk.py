@@ -50,7 +50,7 @@ def test_a_full_disk(codes, small_disk, tmp_path):
         subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
 
     log, arguments = tmp_path / "log", command(codes, small_disk)
-    assert train(arguments, output=log, before=interrupting(8, enlarge)) == [0]
+    assert train(arguments, output=log, before=interrupting(8, enlarge, written=True)) == [0]
     assert_went_on(small_disk, codes, log, [6], tmp_path)
 
 
@@ -89,7 +89,7 @@ def test_a_file_size_limit(codes, tmp_path):
 
     def small_until_step_8():
         limit(FILE_LIMIT)()
-        interrupting(8, limit(resource.RLIM_INFINITY))()
+        interrupting(8, limit(resource.RLIM_INFINITY), written=True)()
 
     log, results = tmp_path / "log", tmp_path / "results"
     assert train(command(codes, results), output=log, before=small_until_step_8) == [0]

@@ -1,8 +1,10 @@
 """Entry points: one sentence and status 2 for mistakes of the user, and memory kept between steps."""
 
 import errno
+import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +206,26 @@ def test_files_are_complete_or_absent(tmp_path):
     assert (tmp_path / "x.json").read_text() == '{\n "a": 1\n}\n'
     (tmp_path / "empty").touch()
     assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_lock_is_of_the_file_that_is_there(tmp_path):
+    """Whoever waits while the folder is removed holds no file that nobody else can find."""
+    path = tmp_path / "run/.lock"
+    first, original = lock(path, "held."), fcntl.flock
+
+    def removed_before(file, how):
+        if first.closed:
+            return original(file, how)
+        shutil.rmtree(path.parent)
+        first.close()
+        return original(file, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", removed_before)
+        second = lock(path, "held.")
+    with pytest.raises(UserError, match="held"):
+        lock(path, "held.")
+    second.close()
 
 
 def test_an_output_is_never_a_device(tmp_path):
