@@ -74,7 +74,7 @@ def draw_loss(values: Values):
     axes[0].set_ylabel("held-out loss at side 1, nats per code")
     axes[0].set_xlabel("training FLOPs")
     axes[1].set_xlabel("seconds of training")
-    axes[0].legend(fontsize="small")
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -95,13 +95,7 @@ def draw_quality(values: Values):
             axis.axhline(real[measure.name] * measure.factor, color="grey", linestyle=":", label="real held-out images")
         axis.set_title(measure.heading, fontsize="medium")
         axis.set_xlabel("training FLOPs")
-    figure.legend(
-        *axes[-1].get_legend_handles_labels(),
-        loc="lower center",
-        ncols=3,
-        fontsize="small",
-        bbox_to_anchor=(0.5, -0.18),
-    )
+    _legend_below(figure, axes[-1])
     return figure
 
 
@@ -169,3 +163,9 @@ def _figure(panels: int, **options):
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend_below(figure, axis) -> None:
+    """Of all lines and points of `axis`, which the other panels share."""
+    places = {"loc": "lower center", "bbox_to_anchor": (0.5, -0.18)}
+    figure.legend(*axis.get_legend_handles_labels(), ncols=3, fontsize="small", **places)

@@ -122,7 +122,7 @@ def cost_table(values: Values) -> str:
             continue
         relative = ["" if theirs is None else f"{ours.value / theirs.value:.3f}" for ours, theirs in costs]
         flops, seconds = (ours for ours, _ in costs)
-        time = clock(seconds.value)
+        time = clock(seconds.value) if seconds.value > 3600 else f"{with_interval(seconds, 1)} s"
         epochs = budgets[arm.name].epochs
         rows.append([arm.title, f"{flops.count}", f"{epochs}", f"{flops.value:.4g}", relative[0], time, relative[1]])
     return markdown_table(rows)
