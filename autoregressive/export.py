@@ -5,6 +5,7 @@ bash scripts/export.sh SOURCE FILE.pt                     a folder or repository
 bash scripts/export.sh SOURCE FOLDER --push ORG/NAME      and from there to the hub
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,12 @@ def main() -> None:
 
 def refuse_changes(chosen: ExportSettings) -> None:
     """Raise `UserError` if flags ask for something else than to upload the folder as it is."""
-    for name in ("tokenizer", "report", "license"):
-        if getattr(chosen, name) is not None:
-            raise UserError(
-                f"{chosen.target} is uploaded as it is, without --{name}; write it anew with this flag, from what it "
-                "was made of, into another folder."
-            )
+    allowed = ("source", "target", "push", "private", "weights")
+    for name in [f.name for f in fields(chosen) if f.name not in allowed and getattr(chosen, f.name) != f.default]:
+        raise UserError(
+            f"{chosen.target} is uploaded as it is, without --{name.replace('_', '-')}; write it anew with this flag, "
+            "from what it was made of, into another folder."
+        )
 
 
 def save_pretrained(gpt: str | Path, folder: str | Path, /, **flags: Any) -> Path:

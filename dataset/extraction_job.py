@@ -30,7 +30,7 @@ from dataset.code_store import (
 )
 from dataset.code_writer import SHARD_IMAGES, give_final_name, shard_name, write_description, write_lines, write_shard
 from dataset.image_folder import ImageFolder, UnreadableImage, load_rgb
-from utils.files import atomic_file, lock_folder, read_json, write_json
+from utils.files import atomic_file, lock_folder, read_json, remove_folder, write_json
 from utils.program import UserError
 from utils.settings import refuse_differences
 
@@ -202,13 +202,12 @@ def open_job(job: Job, images: ImageFolder, sources: list[tuple[str, int]]) -> t
     """
     if _is_finished(job.folder, job):
         return None, None
-    if job.folder.exists():
+    if job.folder.exists() and not (job.folder / META_FILE).exists():  # another process may just have finished
         raise UserError(f"{job.folder} exists without a {META_FILE} of this program; choose another --code-path.")
     job.work.mkdir(parents=True, exist_ok=True)
     held = lock_folder(job.work, f"another extraction is writing to {job.partial}; wait for it or stop it.")
     if _is_finished(job.folder, job):  # by another process, just now
-        shutil.rmtree(job.partial, ignore_errors=True)
-        held.close()
+        remove_folder(job.partial, held)
         return None, None
     if _is_finished(job.partial, job):  # it lacks only its name
         job.clean_and_rename()

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.arrays import archive_read
-from utils.files import atomic_file, lock_folder, read_json, sync_folder, write_json
+from utils.files import atomic_file, lock_folder, read_json, remove_folder, sync_folder, write_json
 from utils.program import UserError
 from utils.progress import progress
 from utils.settings import json_values, refuse_differences
@@ -184,10 +184,8 @@ class ImageStore:
         self.remove_partial()
 
     def remove_partial(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        remove_folder(self.partial, self._lock)
+        self._lock = None
 
     def _write_npz(self, file, labels: np.ndarray) -> None:
         damaged, intact_images = [], 0

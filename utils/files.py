@@ -6,6 +6,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 import sys
 import weakref
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from typing import IO, Any
 from utils.program import UserError, first_line
 
 BUFFER = 1 << 20
+
+
+class HeldError(UserError):
+    """Another process has the lock."""
 
 
 @contextmanager
@@ -86,6 +91,16 @@ def sweep(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path, lock: IO | None) -> None:
+    """Remove a folder under its lock, which is closed: nobody else ever finds a part of it under its name."""
+    doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.removed")
+    with suppress(OSError):
+        os.replace(folder, doomed)
+    if lock is not None:
+        lock.close()
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def append(path: Path, text: str) -> None:
     """Append `text` to a file, all of it or, where that raises `OSError`, nothing."""
     with open(path, "ab", buffering=0) as file:
@@ -113,21 +128,19 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path, refusal: str) -> IO:
-    """Lock `folder` for this process until it ends or closes the file returned.
-
-    Raises `UserError(refusal)` if another process holds it.
-    """
-    file = lock(folder / ".lock", refusal)
+def lock_folder(folder: Path, refusal: str, required: bool = False) -> IO:
+    """Lock `folder` for this process until it ends or closes the file returned; like `lock`."""
+    file = lock(folder / ".lock", refusal, required)
     held = weakref.ref(file)  # workers that outlive a killed process must not hold it, too
     os.register_at_fork(after_in_child=lambda: held() and held().close())
     return file
 
 
-def lock(path: Path, refusal: str) -> IO:
-    """Open the file `path` to append to it, alone; file systems without locks let everybody in.
+def lock(path: Path, refusal: str, required: bool = False) -> IO:
+    """Open the file `path` to append to it, alone.
 
-    Raises `UserError(refusal)` if another process has it open so.
+    Raises `HeldError(refusal)` if another process has it open so. A file system without locks lets everybody in, or is
+    refused (`UserError`) where a lock is `required`.
     """
     while True:
         refuse_as_output(path)  # a pipe would wait for a reader
@@ -137,9 +150,12 @@ def lock(path: Path, refusal: str) -> IO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise UserError(refusal) from error
-        except OSError:
-            return file
+            raise HeldError(refusal) from error
+        except OSError as error:
+            if not required:
+                return file
+            file.close()
+            raise UserError(f"the file system of {path.parent} has no locks; choose a folder elsewhere.") from error
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file

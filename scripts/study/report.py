@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.study.commands import Command, Commands, shown
+from scripts.study.commands import Command, Commands, Run, shown
 from scripts.study.declaration import Arm
 from scripts.study.results import Results
 from scripts.study.shell import clock
@@ -43,13 +43,20 @@ NOTES = (
     "training images takes for the class they were asked to show. This classifier is also the feature network of all "
     "scores, so none of them compares with published ones. *Guidance*: the classifier-free guidance scale whose "
     "{choose_by} was lowest on other samples, averaged over training seeds; the scores are those of {images:,} new "
-    "samples of each training{sets}. *Real held-out images* are the best that any model can reach, *their "
-    "reconstructions* the best that this tokenizer allows."
+    "samples of each training{sets}. *Real held-out images* are what a model that has learned the distribution would "
+    "reach, *their reconstructions* what this tokenizer allows; a model that repeats training images could score "
+    "better. KID is an unbiased estimate: around zero it may be negative."
 )
 DIFFERENCES = (
     "Differences to **{base}** at equal training seeds ± half of their 95 % interval; in brackets how often retraining "
     "alone would give such a gap or a larger one (two-sided paired t-test). Bold: the interval excludes zero, "
     "as one in twenty does by chance where there is no difference."
+)
+TIME = Measure("seconds", "training time, s", True)
+COVERED = (
+    "The intervals are of retraining the GPT: all trainings share one tokenizer, one classifier, one split of the "
+    "images and the seeds of the samples. All scores but the loss come from one feature network, so that they are "
+    "nearer to one finding than to several."
 )
 
 
@@ -97,6 +104,7 @@ def report_text(results: Results, arms: list[Arm], folder: str) -> str:
         state(values),
         cost_table(values),
         score_table(values),
+        way_table(values),
         *(difference_section(values, study.arm_named(name)) for name in study.compare_with if values.found.get(name)),
         pictures(results, folder),
         circumstances(values),
@@ -143,12 +151,32 @@ def score_table(values: Values) -> str:
     sets = f" (means over {len(sampling.report_seeds)} such sets)" if len(sampling.report_seeds) > 1 else ""
     notes = NOTES.format(choose_by=sampling.choose_by.upper(), sets=sets, images=sampling.images)
     if study.data.test_images != sampling.images:
-        notes += f" There are {study.data.test_images:,} of them; FID falls with the number of images, KID does not."
-    return f"{markdown_table(rows)}\n\n{notes}"
+        notes += (
+            f" There are {study.data.test_images:,} of them: with more images FID falls and Coverage rises, and Recall "
+            "changes, too; KID, Precision and Density do not."
+        )
+    return f"{markdown_table(rows)}\n\n{notes} {COVERED}"
+
+
+def way_table(values: Values) -> str:
+    """Held-out loss at side 1 at each quarter of the epochs; levels end at one of them."""
+    rows = [["arm", *(f"{quarter / 4:.0%} of its epochs".replace("%", " %") for quarter in range(1, 5))]]
+    for arm in values.arms:
+        curves = [found["training"] for found in values.found[arm.name].values()]
+        if curves:
+            ends = [[nearest(curve, quarter / 4) for curve in curves] for quarter in range(1, 5)]
+            rows.append([arm.title, *(with_interval(mean(losses), 1) for losses in ends)])
+    return f"Held-out loss at side 1 on the way (a coarse level does not train it):\n\n{markdown_table(rows)}"
+
+
+def nearest(curve: dict[str, list], part: float) -> float:
+    """The loss at the validation nearest to a part of the steps."""
+    steps = curve["step"]
+    return curve["loss"][min(range(len(steps)), key=lambda row: abs(steps[row] - part * steps[-1]))]
 
 
 def difference_section(values: Values, base: Arm) -> str:
-    measures = values.measures()
+    measures = [*values.measures(), TIME]
     rows, sentences = [["arm", *(measure.heading for measure in measures)]], []
     for arm in values.arms:
         if arm is not base and values.found[arm.name]:
@@ -189,7 +217,9 @@ def verdict(arm: Arm, base: Arm, differences: dict[Measure, Mean | None]) -> str
 
 def pictures(results: Results, folder: str) -> str:
     captions = {
-        "loss": "Held-out loss at side 1 during training, against compute and against time; bands: 95 % intervals.",
+        "loss": "Held-out loss at side 1 during training, against compute and against time; bands: 95 % intervals. "
+        "Only the ends (dots) compare recipes: on the way arms are at other points of their learning-rate decay, and "
+        "coarse levels lie above the frame.",
         "quality": "Scores against the cost of training; bars: 95 % intervals.",
         "samples": "Samples of each arm's first training, the same seed and classes in every row.",
         "guidance": "The samples on which guidance was chosen.",
@@ -248,8 +278,25 @@ def learning_rate_section(results: Results) -> str:
             sentences.append(f"{arm.title}: {best:g} is best{end}; {study.training_flags(arm)['lr']:g} is used.")
     return (
         f"**Learning rates.** Held-out loss of one training at each rate (seed {rates.seed}, not one of those above), "
-        f"made before all others.\n\n{markdown_table(rows)}\n\n{' '.join(sentences)}"
+        f"made before all others.\n\n{markdown_table(rows)}\n\n{' '.join(sentences)}{own_best(results, losses)}"
     )
+
+
+def own_best(results: Results, losses: dict[Run, float]) -> str:
+    """What the one rate for all has to do with the difference between the arms."""
+    study, rates = results.study, results.study.learning_rates
+    base, *others = rates.arms
+    at = {name: {run.lr: loss for run, loss in losses.items() if run.arm.name == name} for name in rates.arms}
+    text = ""
+    for name in others:
+        used = [at[which].get(study.training_flags(study.arm_named(which))["lr"]) for which in (base, name)]
+        if all(at.values()) and None not in used:
+            best = min(at[name].values()) - min(at[base].values())
+            text += (
+                f" {study.arm_named(name).title} differs from {study.arm_named(base).title} by {best:+.4f} at each "
+                f"arm's own best rate, by {used[1] - used[0]:+.4f} at the one that is used."
+            )
+    return text
 
 
 def cell(loss: float | None, is_best: bool) -> str:

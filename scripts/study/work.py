@@ -22,7 +22,7 @@ from scripts.study.declaration import Arm, Study
 from scripts.study.pictures import save_strip
 from scripts.study.results import Results, loss_curve
 from scripts.study.shell import ROOT, Shell, clock
-from utils.files import lock_folder
+from utils.files import HeldError, lock_folder
 from utils.program import UserError
 
 POLL_SECONDS = 5
@@ -97,11 +97,11 @@ class Worker:
                     if is_missing():  # another process may have done it since
                         self._prepare(lock)
                         done.touch()
-            elif not told:
+                continue
+            if not told:
                 print("another process prepares data, tokenizer and codes; waiting for it", flush=True)
                 told = True
-            if not done.exists():
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _prepare(self, lock: IO) -> None:
         seconds = {}
@@ -198,14 +198,9 @@ def claim(folder: Path) -> IO | None:
     """The lock of `folder`, which is made if need be; None if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = lock_folder(folder, "")
-    except UserError:
+        return lock_folder(folder, "", required=True)
+    except HeldError:
         return None
-    if lock is None:
-        raise UserError(
-            f"the file system of {folder} has no locks, by which processes share a study; give another --work."
-        )
-    return lock
 
 
 def machine() -> dict[str, Any]:

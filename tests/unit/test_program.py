@@ -16,7 +16,7 @@ import torch
 
 from autoregressive.models.conditioning import Conditioning, try_conditioning
 from tests.processes import fork, wait
-from utils.files import atomic_file, lock, read_json, sha256, write_json
+from utils.files import atomic_file, lock, lock_folder, read_json, remove_folder, sha256, write_json
 from utils.program import ERROR_MARKER, LAUNCHER_PID, UserError, end_with_launcher, first_line, run
 from utils.progress import progress
 
@@ -226,6 +226,26 @@ def test_a_lock_is_of_the_file_that_is_there(tmp_path):
     with pytest.raises(UserError, match="held"):
         lock(path, "held.")
     second.close()
+
+
+def test_a_file_system_without_locks_lets_in_or_is_refused(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    lock(tmp_path / ".lock", "held.").close()
+    with pytest.raises(UserError, match="has no locks; choose a folder elsewhere"):
+        lock(tmp_path / ".lock", "held.", required=True)
+
+
+def test_a_folder_is_removed_under_its_lock(tmp_path):
+    folder = tmp_path / "run"
+    held = lock_folder(folder, "held.")
+    (folder / "file").touch()
+    remove_folder(folder, held)
+    assert held.closed
+    assert not list(tmp_path.iterdir())
+    remove_folder(folder, None)  # there is none
 
 
 def test_an_output_is_never_a_device(tmp_path):

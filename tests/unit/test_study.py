@@ -41,7 +41,7 @@ def test_shipped_studies_have_the_arms_that_the_question_needs(path):
     assert levels == {"constant": 1, "next-token": 1, "next-token-compute": 1, "npp-2": 2, "npp-3": 3}
     differing = {name for arm in study.arm if not arm.optional for name in arm.flags}
     assert differing == {"patch-level", "scheduler"}
-    assert study.compare_with == ["next-token", "next-token-compute"]
+    assert study.compare_with == ["next-token", "next-token-compute", "constant"]
     assert study.learning_rates.seed not in study.seeds
 
 

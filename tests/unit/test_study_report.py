@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scripts.study.report import Values, difference_cell, insert_into, report_text, with_interval, write_report
+from scripts.study.report import Values, difference_cell, insert_into, nearest, report_text, with_interval, write_report
 from scripts.study.results import Results
 from scripts.study.statistics import Mean, mean, paired_difference
 from tests.fake_study import FakeShell, declare, worker
@@ -57,9 +57,10 @@ def test_the_report_says_what_is_better_and_what_is_not_shown(study):
     verdict = re.search(r"- \*\*NPP, 2 levels\*\*, compared with next-token: (.*)\.", text)[1]
     better, open_ = verdict.split("; ")
     assert better == "better in held-out loss"
-    assert open_ == "no difference shown (the interval contains zero) in recognised, FID and Precision"
+    assert open_ == "no difference shown (the interval contains zero) in recognised, FID, Precision and training time"
     assert "recognises 97.0 % of the held-out images" in text
     assert "Unfinished" not in text
+    assert "| arm | 25 % of its epochs | 50 % of its epochs | 75 % of its epochs | 100 % of its epochs |" in text
     assert "There are 40 of them" in text
 
 
@@ -100,6 +101,12 @@ def test_a_learning_rate_at_the_end_of_the_range_is_said(tmp_path):
     study.carry_out()
     text = report_text(study.results, study.arms, ".")
     assert "next-token: 0.001 is best, the first or last that was tried; 0.001 is used." in text
+    assert "NPP, 2 levels differs from next-token by -0.1000 at each arm's own best rate, by -0.1000 at" in text
+
+
+def test_the_loss_on_the_way_is_that_of_the_nearest_validation():
+    curve = {"step": [10, 20, 30, 40, 45], "loss": [5.0, 4.0, 3.0, 2.0, 1.0]}
+    assert [nearest(curve, quarter / 4) for quarter in (1, 2, 3, 4)] == [5.0, 4.0, 3.0, 1.0]
 
 
 def test_the_report_is_put_between_its_marks_only(study, tmp_path):
