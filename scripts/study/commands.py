@@ -49,9 +49,9 @@ class Commands:
         codes = self._vq | self._size | {"dataset": study.name} | study.codes
         extract = "autoregressive/extract_codes_c2i"
         data = ["dataset.embedded", study.data.embedded, *flags_of({"output": self._folder} | sizes)]
-        return ({"data": ["python", "-m", *data]} if study.data.embedded else {}) | {
+        return ({"data": ["python3", "-m", *data]} if study.data.embedded else {}) | {
             "classifier": [
-                *("python", "-m", "evaluations.c2i.train_classifier"),
+                *("python3", "-m", "evaluations.c2i.train_classifier"),
                 *flags_of(judge | self._size | study.classifier),
             ],
             "tokenizer": script("tokenizer/train_vq", learn | self._size | study.tokenizer),
@@ -73,7 +73,7 @@ class Commands:
             for step, (path, name) in both.items()
         } | {
             "reference": [
-                *("python", "evaluations/c2i/evaluator.py", "$WORK/reconstructions/train-originals.npz"),
+                *("python3", "evaluations/c2i/evaluator.py", "$WORK/reconstructions/train-originals.npz"),
                 *flags_of(keep),
             ],
             "scores of held-out images": self.evaluate("$WORK/reconstructions/held-out-originals.npz", "held-out"),
@@ -134,7 +134,7 @@ class Commands:
 
     def evaluate(self, images: str, name: str) -> Command:
         return [
-            "python",
+            "python3",
             "evaluations/c2i/evaluator.py",
             "$WORK/reference.npz",
             images,

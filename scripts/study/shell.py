@@ -60,7 +60,10 @@ class Shell:
 
     def _filled_in(self, command: Command) -> list[str]:
         words = [word.replace("$WORK", str(self.work)) for word in command]
-        return [sys.executable if words[0] == "python" else words[0], *(match for w in words[1:] for match in _glob(w))]
+        return [
+            sys.executable if words[0] == "python3" else words[0],
+            *(match for w in words[1:] for match in _glob(w)),
+        ]
 
 
 def _glob(word: str) -> list[str]:

@@ -12,7 +12,7 @@ from scripts.study.results import Results
 from scripts.study.statistics import paired_difference
 
 ROOT = Path(__file__).parents[2]
-STUDIES = ("digits",)
+STUDIES = ("digits", "fashion-mnist")
 
 
 def committed(name: str) -> tuple[Results, list]:
