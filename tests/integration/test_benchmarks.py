@@ -132,7 +132,7 @@ def test_a_job_that_fails_or_hangs_takes_nothing_with_it(monkeypatch, tmp_path, 
     record = json.loads(path.read_text())["jobs"]
     assert {name: job["status"] for name, job in record.items()} == {
         "fails": "failed with status 1",
-        "hangs": "stopped after 3 s",
+        "hangs": "stopped after 10 s",
         "ends": "complete",
     }
     assert all([row["what"] for row in job["rows"]] == [name] for name, job in record.items())
@@ -140,7 +140,7 @@ def test_a_job_that_fails_or_hangs_takes_nothing_with_it(monkeypatch, tmp_path, 
     monkeypatch.setattr(gpu_check, "TINY_JOBS", [Job("training", "fails", f"{program} ends", 60)])
     check(monkeypatch, *arguments)
     assert json.loads(path.read_text())["jobs"]["fails"]["status"] == "complete"
-    assert json.loads(path.read_text())["jobs"]["hangs"]["status"] == "stopped after 3 s"
+    assert json.loads(path.read_text())["jobs"]["hangs"]["status"] == "stopped after 10 s"
     page = (tmp_path / "RESULTS.md").read_text()
     assert page.startswith("before\n")
     assert page.endswith("after\n")
