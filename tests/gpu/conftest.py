@@ -13,10 +13,6 @@ import torch
 MODE = os.environ.get("NPP_TEST_GPU", "")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "on_gpu_alone: cannot run on a CPU, even to see that it runs")
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
