@@ -93,7 +93,8 @@ def sweep(folder: Path) -> None:
 
 def remove_folder(folder: Path, lock: IO | None) -> None:
     """Remove a folder under its lock, which is closed: nobody else ever finds a part of it under its name."""
-    doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.removed")
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a killed process
     with suppress(OSError):
         os.replace(folder, doomed)
     if lock is not None:

@@ -86,20 +86,21 @@ def test_nothing_to_report_is_said(tmp_path):
         write_report(study.results, study.arms)
 
 
-def test_learning_rates_stand_in_the_appendix(tmp_path):
-    added = '[learning-rates]\narms = ["base", "npp"]\nvalues = [5e-4, 1e-3, 2e-3]\nseed = 9\n'
+def report_with_rates(tmp_path, values: str) -> str:
+    added = f'[learning-rates]\narms = ["base", "npp"]\nvalues = {values}\nseed = 9\n'
     study = worker(declare(tmp_path, added=added), FakeShell(tmp_path / "work"))
     study.carry_out()
-    text = report_text(study.results, study.arms, ".")
+    return report_text(study.results, study.arms, ".")
+
+
+def test_learning_rates_stand_in_the_appendix(tmp_path):
+    text = report_with_rates(tmp_path, "[5e-4, 1e-3, 2e-3]")
     assert "| next-token | 2.0905 | **2.0900** | 2.0910 |" in text
     assert "next-token: 0.001 is best; 0.001 is used. NPP, 2 levels: 0.001 is best; 0.001 is used." in text
 
 
 def test_a_learning_rate_at_the_end_of_the_range_is_said(tmp_path):
-    added = '[learning-rates]\narms = ["base", "npp"]\nvalues = [1e-3, 2e-3, 4e-3]\nseed = 9\n'
-    study = worker(declare(tmp_path, added=added), FakeShell(tmp_path / "work"))
-    study.carry_out()
-    text = report_text(study.results, study.arms, ".")
+    text = report_with_rates(tmp_path, "[1e-3, 2e-3, 4e-3]")
     assert "next-token: 0.001 is best, the first or last that was tried; 0.001 is used." in text
     assert "NPP, 2 levels differs from next-token by -0.1000 at each arm's own best rate, by -0.1000 at" in text
 
