@@ -242,6 +242,7 @@ def test_a_folder_is_removed_under_its_lock(tmp_path):
     folder = tmp_path / "run"
     held = lock_folder(folder, "held.")
     (folder / "file").touch()
+    (tmp_path / ".run.removed/of a killed process").mkdir(parents=True)
     remove_folder(folder, held)
     assert held.closed
     assert not list(tmp_path.iterdir())

@@ -34,6 +34,7 @@ def test_no_run_is_left_out(name):
     assert len(results.study.seeds) >= {"digits": 5, "fashion-mnist": 3}[name]
     assert all(results.of(run) for run in results.learning_rate_runs())
     assert len(list((results.folder / "runs").iterdir())) == len(results.runs(arms)) + 6
+    assert not list(results.folder.rglob(".*"))
 
 
 @pytest.mark.parametrize("name", STUDIES)
