@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from utils.commands import command
+from utils.files import lock_folder, remove_folder
 from utils.program import UserError, run
 from utils.progress import progress
 from utils.settings import REQUIRED, option, parse, recipe, settings
@@ -52,7 +53,8 @@ class DataSet(NamedTuple):
 def write_image_folder(data: DataSet, folder: Path, train_images: int | None = None, test_images: int | None = None):
     """Write `folder/{train,test}/CLASS/NUMBER.png` unless they are there already; the number of images of each.
 
-    Raises `UserError` if `folder` holds something else, or the data set fewer images than asked for.
+    Raises `UserError` if `folder` holds something else, the data set fewer images than asked for, or another process is
+    writing.
     """
     parts = {
         "train": _first(data.train, train_images, "--train-images"),
@@ -61,10 +63,13 @@ def write_image_folder(data: DataSet, folder: Path, train_images: int | None = N
     counts = {name: len(part.labels) for name, part in parts.items()}
     if not folder.exists():
         partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
-        for name, part in parts.items():
-            _write(part, partial / name, data.class_names)
-        os.rename(partial, folder)
+        lock = lock_folder(partial, f"another process is writing {partial}; wait for it, or give another --output.")
+        if not folder.exists():
+            shutil.rmtree(partial / "images", ignore_errors=True)  # of a killed process
+            for name, part in parts.items():
+                _write(part, partial / "images" / name, data.class_names)
+            os.rename(partial / "images", folder)
+        remove_folder(partial, lock)
     if any(len(list((folder / name).glob("*/*.png"))) != count for name, count in counts.items()):
         raise UserError(f"{folder} exists and holds something else; give another --output.")
     return counts

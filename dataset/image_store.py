@@ -79,12 +79,16 @@ class ImageStore:
         """Make the files, or look through those of an interrupted run; on one rank, before any rank writes.
 
         Images that are damaged, or were cut off, count as missing, and a sentence says so; without `keep` all do.
-        Raises `UserError` if they are another run's, or another process is writing them.
+        Raises `UserError` if they are another run's, or another process is writing them or has made the result since
+        `is_complete` looked for it.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(
             self.partial, f"another process is writing {self.partial}; wait for it, or {self._remedy}."
         )
+        if keep and self.result.exists():
+            self.remove_partial()
+            raise UserError(f"another process has just finished {self.result}; run the same command again to use it.")
         for path in (self.preview, self.report):  # of a killed process
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 leftover.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dataset.embedded import DATA_SETS, DataSet, Part, cifar_10, digits, fashion_mnist, write_image_folder
 from dataset.image_folder import list_image_folder
+from utils.files import lock_folder
 from utils.program import UserError
 
 
@@ -60,11 +61,21 @@ def test_another_folder_is_not_touched(tmp_path, folder):
 
 
 def test_what_a_killed_run_left_is_written_anew(tmp_path):
-    leftover = tmp_path / "data.partial/train/digit_0/9999.png"
+    leftover = tmp_path / "data.partial/images/train/digit_0/9999.png"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     assert write_image_folder(digits(), tmp_path / "data", 5, 2) == {"train": 5, "test": 2}
     assert len(list((tmp_path / "data").rglob("*.png"))) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_two_processes_do_not_write_into_each_others_images(tmp_path):
+    with (
+        lock_folder(tmp_path / "data.partial", "held"),
+        pytest.raises(UserError, match="another process is writing .*data.partial; wait for it"),
+    ):
+        write_image_folder(digits(), tmp_path / "data", 5, 2)
+    assert write_image_folder(digits(), tmp_path / "data", 5, 2) == {"train": 5, "test": 2}
 
 
 def test_missing_scikit_learn_is_named(monkeypatch):

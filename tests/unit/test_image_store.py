@@ -145,6 +145,17 @@ def test_a_second_job_is_refused_while_the_first_writes(tmp_path):
     ImageStore(tmp_path, "name", SETTINGS, 10, 4).open(4)
 
 
+def test_a_result_that_another_process_has_made_meanwhile_is_not_made_again(tmp_path):
+    late = ImageStore(tmp_path, "name", SETTINGS, 10, 4)
+    assert not late.is_complete()
+    result = make(tmp_path)
+    with pytest.raises(UserError, match="another process has just finished .*name.npz; run the same command again"):
+        late.open(4)
+    assert not late.partial.exists()
+    assert late.is_complete()
+    assert late.result.read_bytes() == result
+
+
 def test_png_files_come_from_the_result_and_once(tmp_path):
     make(tmp_path)
     store = ImageStore(tmp_path, "name", SETTINGS, 10, 4)
