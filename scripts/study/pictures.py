@@ -120,7 +120,7 @@ def draw_guidance(values: Values):
         return None
     axis.set_xlabel("classifier-free guidance scale")
     axis.set_ylabel(sampling.choose_by.upper())
-    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.24))
     return figure
 
 
