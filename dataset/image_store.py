@@ -79,8 +79,8 @@ class ImageStore:
         """Make the files, or look through those of an interrupted run; on one rank, before any rank writes.
 
         Images that are damaged, or were cut off, count as missing, and a sentence says so; without `keep` all do.
-        Raises `UserError` if they are another run's, or another process is writing them or has made the result since
-        `is_complete` looked for it.
+        Raises `UserError` if they are another run's, another process is writing them or, with `keep`, another has made
+        the result since `is_complete` looked for it.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(
