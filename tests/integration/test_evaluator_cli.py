@@ -1,17 +1,13 @@
-"""The evaluator as users start it: numbers, reports, warnings, own references and networks, and every refusal."""
+"""The evaluator as users start it: numbers, reports, warnings, own references, and what it refuses."""
 
-import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
 import time
-import zipfile
-from functools import cache
 from multiprocessing import Pipe
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import pytest
@@ -24,60 +20,12 @@ from evaluations.c2i.image_sets import ImageSet
 from evaluations.c2i.metrics import kid_subsets
 from evaluations.c2i.report import Report, warn_about_sets
 from tests import adm_definitions
+from tests.evaluator_runs import TinyClassifier, evaluate, refuse, tiny_network
 from tests.inception_graph import InceptionGraph
 from tests.tensorflow_reference import graph_and_answers, needs_tensorflow, synthetic_images
 from utils.program import UserError
-from utils.program import run as run_program
 
 ROOT = Path(__file__).parents[2]
-
-
-class TinyClassifier(torch.nn.Module):
-    """The interface of own feature networks; its class is the brightest of the three channels."""
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        colour = images.mean((1, 2)) / 255  # (N, 3)
-        rows = images.mean(2).flatten(1)[:, :6] / 255
-        return torch.cat([colour, colour.square()], 1), rows, colour * 50
-
-
-@cache
-def tiny_network() -> Path:
-    return exported(TinyClassifier(), Path(mkdtemp(prefix="npp-network-")) / "tiny.pt2")
-
-
-def exported(module: torch.nn.Module, path: Path) -> Path:
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(module, (torch.zeros(2, 16, 16, 3),), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
-    return path
-
-
-@pytest.fixture
-def sets(tmp_path) -> tuple[Path, Path]:
-    """A reference of 60 and a labelled sample of 45 images, 16 x 16."""
-    generated = synthetic_images(1, 45, 16, 16, contrast=0.7)
-    labels = generated.astype(np.float64).mean((1, 2)).argmax(1)
-    labels[:9] = (labels[:9] + 1) % 3  # nine are not what was asked for
-    np.savez(tmp_path / "ref.npz", arr_0=synthetic_images(0, 60, 16, 16))
-    np.savez(tmp_path / "sample.npz", arr_0=generated, labels=labels)
-    return tmp_path / "ref.npz", tmp_path / "sample.npz"
-
-
-def evaluate(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
-    evaluator.main()
-
-
-def refuse(monkeypatch, capsys, *arguments: object) -> str:
-    """What the program says when it ends with status 2."""
-    monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        run_program(evaluator.main)
-    assert end.value.code == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
 
 
 def test_started_as_a_file_from_any_directory(sets, tmp_path):
@@ -303,7 +251,7 @@ def with_labels(folder: Path, labels: np.ndarray) -> Path:
     return folder / "labelled.npz"
 
 
-def test_refusals(sets, monkeypatch, capsys, tmp_path):
+def test_refused_images_and_references(sets, monkeypatch, capsys, tmp_path):
     reference, sample = sets
     network = ("--features", tiny_network())
 
@@ -330,12 +278,17 @@ def test_refusals(sets, monkeypatch, capsys, tmp_path):
     moments = {"mu": np.full(6, 1e300), "sigma": np.eye(6), "mu_s": np.zeros(6), "sigma_s": np.eye(6)}
     np.savez(tmp_path / "huge.npz", arr_0=np.load(reference)["arr_0"], **moments)
     assert "FID comes out as inf" in refusal(tmp_path / "huge.npz", sample, *network)
-    assert "there is no exported network" in refusal(reference, sample, "--features", tmp_path / "none.pt2")
-    assert "is a text file, not a torch.export file" in refusal(reference, sample, "--features", __file__)
-    np.savez(tmp_path / "larger.npz", arr_0=synthetic_images(0, 5, 24, 24))
-    assert "does not accept images of shape" in refusal(reference, tmp_path / "larger.npz", *network)
-    assert "there is no graph file" in refusal(reference, sample, "--graph", tmp_path / "none.pb")
-    assert "is not ADM's frozen Inception graph" in refusal(reference, sample, "--graph", __file__)
+    assert not sample.with_suffix(".txt").exists()
+    assert not sample.with_suffix(".json").exists()
+
+
+def test_refused_flags(sets, monkeypatch, capsys, tmp_path):
+    reference, sample = sets
+    network = ("--features", tiny_network())
+
+    def refusal(*arguments):
+        return refuse(monkeypatch, capsys, *arguments)
+
     assert "cannot be used" in refusal(reference, sample, *network, "--device", "abacus")
     assert "give REFERENCE and SAMPLE" in refusal(reference, *network)
     assert "--batch-size must be" in refusal(reference, sample, *network, "--batch-size", 0)
@@ -348,6 +301,17 @@ def test_refusals(sets, monkeypatch, capsys, tmp_path):
     for flag, value in (("--report", tmp_path / "x"), ("--distances", "exact"), ("--kid-subset-size", 9)):
         assert "belong to a comparison" in refusal(*saving, *network, flag, value)
     assert not (tmp_path / "own.npz").exists()
+    assert not sample.with_suffix(".txt").exists()
+    assert not sample.with_suffix(".json").exists()
+
+
+def test_refused_outputs(sets, monkeypatch, capsys, tmp_path):
+    reference, _ = sets
+    network = ("--features", tiny_network())
+
+    def refusal(*arguments):
+        return refuse(monkeypatch, capsys, *arguments)
+
     before = reference.read_bytes()
     (tmp_path / "link.npz").symlink_to(reference)
     for output in (reference, tmp_path / "link.npz", tiny_network()):
@@ -363,8 +327,6 @@ def test_refusals(sets, monkeypatch, capsys, tmp_path):
         assert "is one of the files that are read" in refusal(read, "--save-stats", output, *network)
         assert output.read_bytes() == before
     assert "is a device or a pipe" in refusal(reference, "--save-stats", "/dev/null", *network)
-    assert not sample.with_suffix(".txt").exists()
-    assert not sample.with_suffix(".json").exists()
 
 
 def test_a_device_without_float64_is_refused(sets, monkeypatch, capsys):
@@ -425,99 +387,6 @@ def test_a_class_without_images_is_unbalanced(labels, reference_labels, expected
     warn_about_sets(report, reference, sample, precomputed=True)
     said = [warning for warning in report.warnings if "unbalanced" in warning]
     assert [expected in warning for warning in said] == [True] * (expected is not None)
-
-
-def test_features_that_are_not_finite(sets, monkeypatch, capsys, tmp_path):
-    broken = InceptionGraph(32, repeated=True).content().replace(np.float32(0.001).tobytes(), np.float32(-9).tobytes())
-    (tmp_path / "graph.pb").write_bytes(broken)  # the root of a negative variance
-    message = refuse(monkeypatch, capsys, *sets, "--graph", tmp_path / "graph.pb")
-    assert "is damaged (weights that are NaN or infinite)" in message
-
-    class Undefined(TinyClassifier):
-        def forward(self, images):
-            pool, spatial, logits = super().forward(images)
-            return pool / (pool - pool), spatial, logits
-
-    message = refuse(monkeypatch, capsys, *sets, "--features", exported(Undefined(), tmp_path / "undefined.pt2"))
-    assert "gives NaN or infinite features" in message
-
-
-def test_exported_networks_with_another_result(sets, monkeypatch, capsys, tmp_path):
-    class Pair(torch.nn.Module):
-        def forward(self, images):
-            return images.mean((1, 2)), images.mean(1)
-
-    path = tmp_path / "other.pt2"
-    torch.export.save(torch.export.export(TinyClassifier(), (torch.zeros(4, 16, 16, 3),)), path)
-    message = refuse(monkeypatch, capsys, *sets, "--features", path)
-    assert "export it for this image size with a dynamic batch dimension" in message
-    shapes = ({0: torch.export.Dim("batch")},)
-    torch.export.save(torch.export.export(Pair(), (torch.zeros(2, 16, 16, 3),), dynamic_shapes=shapes), path)
-    assert "it must return (pool (N, D)" in refuse(monkeypatch, capsys, *sets, "--features", path)
-
-
-def rewritten(path: Path, ending: str, content: bytes) -> Path:
-    """A copy of the tiny network in which the part with this ending holds something else."""
-    with zipfile.ZipFile(tiny_network()) as source, zipfile.ZipFile(path, "w") as target:
-        assert any(name.endswith(ending) for name in source.namelist())
-        for name in source.namelist():
-            target.writestr(name, content if name.endswith(ending) else source.read(name))
-    return path
-
-
-def test_a_damaged_exported_network(sets, monkeypatch, capsys, tmp_path):
-    for ending, content in (("weights_config.json", b"{"), ("models/model.json", b"{}")):
-        damaged = rewritten(tmp_path / "damaged.pt2", ending, content)
-        assert "is not a torch.export file" in refuse(monkeypatch, capsys, *sets, "--features", damaged)
-
-
-def test_files_that_are_no_exported_networks(sets, monkeypatch, capfd, tmp_path):
-    """What PyTorch logs of them is silenced: `refuse` would find its traceback."""
-
-    def refusal(path):
-        return refuse(monkeypatch, capfd, *sets, "--features", path)
-
-    assert "is a NumPy archive, not a torch.export file" in refusal(sets[0])
-    (tmp_path / "page.pt2").write_text("<!DOCTYPE html><html>sign in</html>")
-    assert "is a web page" in refusal(tmp_path / "page.pt2")
-    with zipfile.ZipFile(tmp_path / "foreign.pt2", "w") as archive:
-        archive.writestr("README", "nothing")
-    assert "not a torch.export file" in refusal(tmp_path / "foreign.pt2")
-    content = bytearray(tiny_network().read_bytes())
-    content[content.index(b"nodes")] ^= 1
-    (tmp_path / "flipped.pt2").write_bytes(content)
-    assert "differs from its checksum" in refusal(tmp_path / "flipped.pt2")
-    content = tiny_network().read_bytes()
-    entry = content.rindex(b"PK\x01\x02")
-    for place in (entry, entry + 6, entry + 8, entry + 46):  # signature, version, whether encrypted, name
-        flipped = content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
-        (tmp_path / "flipped.pt2").write_bytes(flipped)
-        assert "flipped.pt2 is " in refusal(tmp_path / "flipped.pt2")
-    module = TinyClassifier()
-    module.register_buffer("scale", torch.tensor(torch.inf))
-    assert "weights that are NaN or infinite (scale)" in refusal(exported(module, tmp_path / "infinite.pt2"))
-
-
-class Trap:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_exported_networks_are_not_unpickled(sets, monkeypatch, capsys, tmp_path):
-    sprung, path = tmp_path / "sprung", tmp_path / "trap.pt2"
-    buffer = io.BytesIO()
-    torch.save(Trap(sprung), buffer)
-    for ending, content in (
-        ("sample_inputs/model.pt", buffer.getvalue()),
-        ("weights_config.json", b'{"config": {"w": {"path_name": "weight_0", "use_pickle": true}}}'),
-        ("constants_config.json", b'{"config": {"w": {"path_name": "custom_obj_0", "use_pickle": true}}}'),
-    ):
-        message = refuse(monkeypatch, capsys, *sets, "--features", rewritten(path, ending, content))
-        assert "holds pickled objects" in message
-    assert not sprung.exists()
 
 
 def test_reports_are_whole_or_absent(sets, monkeypatch):
